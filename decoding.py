@@ -1,0 +1,213 @@
+# Copyright 2026 The LocateAnything-batched authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Pure decoding rules: logits → probabilities → six tokens → accepted tokens and the row's next mode.
+
+No model, no loop, no state. Every rule is vectorised over rows and makes no device-to-host copy. The reference is
+decoding.md §3 (logits to tokens), §4 (tokens to accepted tokens) and §5 (the autoregressive step).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
+
+from .configuration import WINDOW, TokenRoles
+
+# Thresholds of §3, by case.
+_EMPTY_BOX = (0.7, 0.2, 0.2, 0.1, 0.1)  # A: slots 0–4 of box, none, /box, null, null
+_BOX_END = 0.2  # B: mass on /box, null and im_end in slot 5
+_BOX_TOP = 4  # B: a coordinate among this many in each of slots 1–4
+_LABEL_START = 0.6  # C: mass on <ref> in slot 0
+_LABEL_TOP = 5  # C: a non-coordinate among this many in each of slots 1–5
+_SURE = 0.9  # hybrid: a coordinate at least this probable is never ambiguous
+_SPREAD = 60  # hybrid: candidates at most this far apart (thousandths) are not ambiguous
+_NO_COORDINATE = 0  # hybrid: what an ambiguous coordinate becomes, so that §4's error rule fires
+
+
+class Acceptance(NamedTuple):
+    """What one step adds to each of R rows.
+
+    tokens: `[R, 6]` long, the first `count` of a row are accepted. count: `[R]` long, 1…6.
+    autoregressive: `[R]` bool, the row's next step is an AR step. finished: `[R]` bool.
+    """
+
+    tokens: torch.Tensor
+    count: torch.Tensor
+    autoregressive: torch.Tensor
+    finished: torch.Tensor
+
+
+class StockTopPLogitsWarper(LogitsProcessor):
+    """Nucleus filter of decoding.md §3 step 3: drops every token whose *preceding* mass exceeds `top_p`.
+
+    transformers' `TopPLogitsWarper` sums from the tail and compares with `1 - top_p`, which rounds differently and
+    drops a token whose preceding mass equals `top_p`; the stock keeps it.
+    """
+
+    def __init__(self, top_p: float):
+        self.top_p = top_p
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        ordered, order = scores.sort(dim=-1, descending=True)
+        mass = ordered.softmax(dim=-1).cumsum(dim=-1)
+        dropped = torch.zeros_like(mass, dtype=torch.bool)
+        dropped[..., 1:] = mass[..., :-1] > self.top_p
+        return scores.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
+
+
+def stock_warpers(
+    *,
+    repetition_penalty: float,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    between: LogitsProcessorList | None = None,
+) -> LogitsProcessorList:
+    """Steps 1–4 of decoding.md §3, in the stock's order.
+
+    Args:
+        repetition_penalty: 1.0 is none. temperature: 0 is greedy. top_p, top_k: None is none; both also apply to a
+            greedy row, whose thresholds they change.
+        between: a user's processors, run after the penalty and before the warpers, as transformers' generate does.
+
+    Returns:
+        Processors of `(input_ids [N, n], scores [N, V] float32) -> scores`.
+    """
+    warpers = LogitsProcessorList()
+    if repetition_penalty != 1.0:
+        warpers.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+    warpers.extend(between or [])
+    if temperature > 0 and temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_p is not None and top_p < 1:
+        warpers.append(StockTopPLogitsWarper(top_p))
+    if top_k is not None:
+        warpers.append(TopKLogitsWarper(top_k))
+    return warpers
+
+
+def draw(probabilities: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One draw per distribution, `[..., V] -> [...]` long: the numbers `Categorical(probs=p).sample()` would give.
+
+    Written out because Categorical takes no generator.
+    """
+    flat = probabilities.reshape(-1, probabilities.shape[-1])
+    flat = flat / flat.sum(-1, keepdim=True)
+    return torch.multinomial(flat, 1, replacement=True, generator=generator).view(probabilities.shape[:-1])
+
+
+def window_tokens(
+    probabilities: torch.Tensor, candidates: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles
+) -> torch.Tensor:
+    """Six tokens from six distributions: the first of decoding.md §3's cases A, B, C, D that holds.
+
+    Args:
+        probabilities: `[R, 6, V]` float32. candidates: `[R, 6]` long, case D's tokens (argmax or draw).
+        hybrid: `[R]` bool, rows in which ambiguous coordinates are voided.
+
+    Returns:
+        `[R, 6]` long.
+    """
+    empty, holds_empty = _empty_box(probabilities, roles)
+    box, holds_box = _box(probabilities, hybrid, roles)
+    label, holds_label = _label(probabilities, roles)
+    tokens = torch.where(holds_label[:, None], label, candidates)
+    tokens = torch.where(holds_box[:, None], box, tokens)
+    return torch.where(holds_empty[:, None], empty, tokens)
+
+
+def _empty_box(p: torch.Tensor, roles: TokenRoles) -> tuple[torch.Tensor, torch.Tensor]:
+    """Case A: `[6]` tokens and `[R]` whether it holds."""
+    box, none, end, null3, null4 = _EMPTY_BOX
+    holds = (
+        (p[:, 0, roles.box_start] >= box)
+        & (p[:, 1, roles.none] > none)
+        & (p[:, 2, roles.box_end] > end)
+        & (p[:, 3, roles.null] > null3)
+        & (p[:, 4, roles.null] > null4)
+    )
+    tokens = [roles.box_start, roles.none, roles.box_end, roles.null, roles.null, roles.null]
+    return torch.tensor(tokens, device=p.device), holds
+
+
+def _box(p: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) -> tuple[torch.Tensor, torch.Tensor]:
+    """Case B: `[R, 6]` tokens and `[R]` whether it holds."""
+    ends = p[:, 5, roles.box_end] + p[:, 5, roles.null] + p[:, 5, roles.end] >= _BOX_END
+    top_p, top_ids = p[:, 1:5].topk(_BOX_TOP, dim=-1)  # [R, 4, 4], most probable first
+    coordinate = _is_coordinate(top_ids, roles)
+    first = coordinate.int().argmax(-1, keepdim=True)  # the most probable coordinate of a slot
+    chosen = top_ids.gather(-1, first).squeeze(-1)
+
+    highest = top_ids.masked_fill(~coordinate, -1).amax(-1)
+    lowest = top_ids.masked_fill(~coordinate, torch.iinfo(top_ids.dtype).max).amin(-1)
+    unsure = top_p.gather(-1, first).squeeze(-1) < _SURE
+    ambiguous = hybrid[:, None] & unsure & (coordinate.sum(-1) >= 2) & (highest - lowest > _SPREAD)
+    chosen = chosen.masked_fill(ambiguous, _NO_COORDINATE)
+
+    rows = p.shape[0]
+    tokens = torch.cat([chosen.new_full((rows, 1), roles.box_start), chosen, chosen.new_full((rows, 1), roles.box_end)], 1)
+    return tokens, ends & coordinate.any(-1).all(-1)
+
+
+def _label(p: torch.Tensor, roles: TokenRoles) -> tuple[torch.Tensor, torch.Tensor]:
+    """Case C: `[R, 6]` tokens and `[R]` whether it holds."""
+    top_ids = p[:, 1:].topk(_LABEL_TOP, dim=-1).indices  # [R, 5, 5]
+    word = ~_is_coordinate(top_ids, roles)
+    chosen = top_ids.gather(-1, word.int().argmax(-1, keepdim=True)).squeeze(-1)
+    tokens = torch.cat([chosen.new_full((p.shape[0], 1), roles.ref_start), chosen], 1)
+    return tokens, (p[:, 0, roles.ref_start] >= _LABEL_START) & word.any(-1).all(-1)
+
+
+def accept_window(tokens: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) -> Acceptance:
+    """What of a window's six tokens is accepted: the first line of decoding.md §4's table that matches.
+
+    Args:
+        tokens: `[R, 6]` long. hybrid: `[R]` bool; the other rows decode in `fast`.
+    """
+    first = tokens[:, 0]
+    coordinate = _is_coordinate(tokens, roles)
+    leading = coordinate[:, 1:5].long().cumprod(-1).sum(-1)  # coordinates right after the first token, 0…4
+
+    ends = (first == roles.null) | (first == roles.end)
+    box = first == roles.box_start
+    nothing = box & (tokens[:, 1] == roles.none)
+    whole = box & (leading == 4) & (tokens[:, 5] == roles.box_end)
+    point = box & (leading == 2) & (tokens[:, 3] == roles.box_end)
+    broken = box & ~nothing & ~whole & ~point
+
+    before_null = (tokens != roles.null).long().cumprod(-1).sum(-1)
+    last_two = tokens.gather(1, (before_null[:, None] + torch.tensor([-2, -1], device=tokens.device)).clamp(min=0))
+    twice_closed = (before_null >= 2) & (last_two == roles.ref_end).all(-1)
+    count = before_null - twice_closed.long()
+    count = torch.where(broken, torch.where(hybrid, 1 + leading, WINDOW), count)
+    count = count.masked_fill(point, 4).masked_fill(whole, WINDOW).masked_fill(nothing, 3).masked_fill(ends, 1)
+
+    accepted = tokens.clone()
+    accepted[:, 0] = first.masked_fill(ends, roles.end)
+    accepted[:, 2] = tokens[:, 2].masked_fill(nothing, roles.box_end)
+    return Acceptance(accepted, count, broken & hybrid, ends)
+
+
+def accept_next(token: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) -> Acceptance:
+    """What follows one autoregressive token (decoding.md §5).
+
+    Args:
+        token: `[R]` long, accepted whatever it is. hybrid: `[R]` bool; the other rows decode in `slow`.
+    """
+    closes = token == roles.box_end
+    inside = _is_coordinate(token, roles) | (token == roles.none)
+    tokens = token[:, None].expand(-1, WINDOW)
+    finished = torch.where(hybrid, ~closes & ~inside, token == roles.end)
+    return Acceptance(tokens, torch.ones_like(token), ~(hybrid & closes), finished)
+
+
+def _is_coordinate(ids: torch.Tensor, roles: TokenRoles) -> torch.Tensor:
+    return (ids >= roles.coord_start) & (ids <= roles.coord_end)

@@ -1,0 +1,335 @@
+# Copyright 2026 The LocateAnything-batched authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The generation loop: rows enter slots, take steps together, leave when they finish.
+
+A step is one forward pass of the decoder over every active row's pending tokens and windows, the decoding rules on the
+logits, and one small device-to-host copy. Rows differ in everything: prompt, images, mode, limit, recipe, accepted
+tokens, finish.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .configuration import WINDOW, TokenRoles
+from .decoding import Acceptance, accept_next, accept_window, draw, stock_warpers, window_tokens
+from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, Stretch
+from .settings import Recipe, RowSettings
+
+PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one whole prompt at least)
+
+
+class DecoderModel(Protocol):
+    """What the loop needs of a model."""
+
+    def embed_prompt(self, input_ids: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+        """`[T]` ids, image slots filled in order from `features` → `[T, hidden]`."""
+
+    def decode(self, embeddings: torch.Tensor, step: PrefillStep | DecodeStep, cache: SlotKVCache) -> torch.Tensor:
+        """`[T, hidden]` → `[T, hidden]`, keys and values written to the cache."""
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[N, hidden]` → `[N, vocabulary]` float32."""
+
+
+class Features(Protocol):
+    """Image features on demand, so that they are computed when their rows enter and freed after."""
+
+    def take(self, rows: list[int]) -> list[list[torch.Tensor]]:
+        """For each of these rows, the features `[tokens, hidden]` of its images in order."""
+
+
+@dataclass
+class Row:
+    """One row from prompt to answer. `tokens` are the committed ones, prompt included."""
+
+    index: int
+    prompt: list[int]
+    settings: RowSettings
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    generator: torch.Generator | None = None
+    tokens: list[int] = field(init=False)
+    cached: int = field(init=False, default=0)
+    autoregressive: bool = field(init=False)
+    done: bool = field(init=False, default=False)
+    forwards: int = field(init=False, default=0)
+    switches: int = field(init=False, default=0)
+    steps: list[tuple[str, int]] = field(init=False, default_factory=list)  # (mode, tokens accepted)
+
+    def __post_init__(self):
+        self.tokens = list(self.prompt)
+        self.autoregressive = self.settings.mode == "slow"
+
+    @property
+    def committed(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def pending(self) -> int:
+        return self.committed - self.cached
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def room(self) -> int:
+        """Cache places the row can come to need: a step from limit - 1 tokens writes a window behind them."""
+        return self.settings.limit + WINDOW
+
+
+class GenerationLoop:
+    """Decodes rows to their ends.
+
+    Args:
+        model, features: see the protocols. layers: of the decoder.
+        slots: rows decoded at a time; further rows wait and take the slots of finished ones.
+        stops: ids that end a row, and its answer, wherever they are accepted.
+        criteria: asked after every accepted token, row by row.
+        streamer: gets the only row's prompt and tokens.
+        generator: draws for every row that has none of its own; None is the global one.
+        device: where ids live and rules run.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        features: Features,
+        rows: list[Row],
+        roles: TokenRoles,
+        *,
+        layers: int,
+        slots: int,
+        stops: frozenset[int],
+        criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        generator: torch.Generator | None,
+        device: torch.device,
+    ):
+        self.model, self.features, self.roles = model, features, roles
+        self.rows = rows
+        self.waiting = deque(rows)
+        self.active: list[Row] = []  # by slot
+        self.stops, self.criteria = stops, criteria
+        self.streamer, self.generator = streamer, generator
+        self.device = device
+
+        slots = min(slots, len(rows))
+        capacity = max(row.room for row in rows)
+        self.slots = slots
+        self.cache = SlotKVCache(layers, slots, capacity + 1)
+        # Places behind a row's committed tokens repeat its first one, so that penalties see no token it lacks.
+        self.tokens = torch.zeros(slots, capacity + 1, dtype=torch.long, device=device)
+        self.committed = torch.zeros(slots, dtype=torch.long, device=device)
+        self.cached = torch.zeros_like(self.committed)
+        self.autoregressive = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.hybrid = torch.zeros_like(self.autoregressive)
+        self._warpers: dict[Recipe, LogitsProcessorList] = {}
+
+    def run(self) -> list[Row]:
+        """Decodes all rows; returns them, finished."""
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor(self.rows[0].prompt))
+        self.fill_slots()
+        while self.active:
+            self.commit(self.decide(*self.forward()))
+            self.fill_slots()
+        if self.streamer is not None:
+            self.streamer.end()
+        return self.rows
+
+    # ---- rows enter and leave
+
+    def fill_slots(self) -> None:
+        """Finished rows leave; waiting rows take their slots; without any, the last active row closes the gap."""
+        entering: dict[int, Row] = {}
+        for slot in reversed(range(len(self.active))):
+            if not self.active[slot].done:
+                continue
+            if self.waiting:
+                self.active[slot] = entering[slot] = self.waiting.popleft()
+            else:
+                last = self.active.pop()
+                if slot < len(self.active):
+                    self.active[slot] = last
+                    if len(self.active) in entering:
+                        entering[slot] = entering.pop(len(self.active))
+                    else:
+                        self.move(len(self.active), slot, last.cached)
+        while self.waiting and len(self.active) < self.slots:
+            entering[len(self.active)] = self.waiting[0]
+            self.active.append(self.waiting.popleft())
+        if entering:
+            self.prefill(dict(sorted(entering.items())))
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self.cache.move(source, target, length)
+        for state in (self.tokens, self.committed, self.cached, self.autoregressive, self.hybrid):
+            state[target] = state[source]
+
+    def prefill(self, entering: dict[int, Row]) -> None:
+        """Feeds the prompts of entering rows, but for their last tokens: those are pending in the first step."""
+        chunk: dict[int, Row] = {}
+        for slot, row in entering.items():
+            if chunk and sum(len(r.prompt) for r in chunk.values()) + len(row.prompt) > PREFILL_TOKENS:
+                self.prefill_chunk(chunk)
+                chunk = {}
+            chunk[slot] = row
+        self.prefill_chunk(chunk)
+
+    def prefill_chunk(self, entering: dict[int, Row]) -> None:
+        features = self.features.take([row.index for row in entering.values()])
+        for slot, row in entering.items():
+            row.cached = len(row.prompt) - 1
+            self.tokens[slot] = row.prompt[0]
+            self.tokens[slot, : len(row.prompt)] = torch.tensor(row.prompt, device=self.device)
+            self.committed[slot] = len(row.prompt)
+            self.cached[slot] = row.cached
+            self.autoregressive[slot] = row.autoregressive
+            self.hybrid[slot] = row.settings.mode == "hybrid"
+        stretches = [Stretch(slot, 0, row.cached) for slot, row in entering.items() if row.cached]
+        if stretches:
+            step = PrefillStep(stretches, self.device)
+            ids = self.tokens[step.slots, step.offsets]
+            images = [feature for of_row in features for feature in of_row]
+            self.model.decode(self.model.embed_prompt(ids, images), step, self.cache)
+
+    # ---- one step
+
+    def forward(self) -> tuple[torch.Tensor, list[int], list[int]]:
+        """One pass of the decoder. Returns logits `[N, V]`, one line per AR row, then six per MTP row; those slots."""
+        rows = len(self.active)
+        ar = [slot for slot, row in enumerate(self.active) if row.autoregressive]
+        mtp = [slot for slot, row in enumerate(self.active) if not row.autoregressive]
+        step = DecodeStep(
+            self.committed[:rows],
+            self.cached[:rows],
+            self.autoregressive[:rows],
+            pending=max(row.pending for row in self.active),
+            windows=bool(mtp),
+            longest=max(row.committed + WINDOW * (not row.autoregressive) for row in self.active),
+        )
+        ids = self.tokens[step.slots, step.positions.squeeze(0)].masked_fill(step.masked, self.roles.mask)
+        hidden = self.model.decode(self.model.embed_prompt(ids, []), step, self.cache)
+        fed = (self.committed - self.cached)[self.at(ar)]
+        places = torch.cat([step.last_index(self.at(ar), fed), step.window_index(self.at(mtp)).flatten()])
+        return self.model.logits(hidden[places.to(hidden.device)]).to(self.device), ar, mtp
+
+    def decide(self, logits: torch.Tensor, ar: list[int], mtp: list[int]) -> Acceptance:
+        """The decoding rules: what each active row accepts, by slot."""
+        parts = []
+        if ar:
+            _, tokens = self.choose(logits[: len(ar)].unsqueeze(1), ar)
+            parts.append(accept_next(tokens[:, 0], self.hybrid[self.at(ar)], self.roles))
+        if mtp:
+            probabilities, candidates = self.choose(logits[len(ar) :].unflatten(0, (-1, WINDOW)), mtp)
+            hybrid = self.hybrid[self.at(mtp)]
+            tokens = window_tokens(probabilities, candidates, hybrid, self.roles)
+            parts.append(accept_window(tokens, hybrid, self.roles))
+        if len(parts) == 1:
+            return parts[0]
+        order = self.at(ar + mtp).argsort()
+        return Acceptance(*(torch.cat(both)[order] for both in zip(*parts, strict=True)))
+
+    def choose(self, logits: torch.Tensor, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """decoding.md §3 steps 1–6 for the rows in `slots`, by recipe.
+
+        Args:
+            logits: `[rows, width, V]` float32, width 6 (MTP) or 1 (AR).
+
+        Returns:
+            probabilities `[rows, width, V]`, tokens `[rows, width]` (argmax, or a draw where the row samples).
+        """
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for place, slot in enumerate(slots):
+            row = self.active[slot]
+            alone = slot if row.processors or (row.generator is not None and row.settings.recipe.samples) else None
+            groups[row.settings.recipe, alone].append(place)
+        if len(groups) == 1:
+            return self.choose_alike(logits, slots)
+        probabilities = torch.empty_like(logits)
+        tokens = torch.empty(logits.shape[:2], dtype=torch.long, device=self.device)
+        for places in groups.values():
+            at = self.at(places)
+            probabilities[at], tokens[at] = self.choose_alike(logits[at], [slots[place] for place in places])
+        return probabilities, tokens
+
+    def choose_alike(self, logits: torch.Tensor, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`choose` for rows with one recipe, and one generator if they sample."""
+        rows = [self.active[slot] for slot in slots]
+        recipe, width = rows[0].settings.recipe, logits.shape[1]
+        if warpers := self.warpers(rows[0]):
+            longest = max(row.committed for row in rows)
+            ids = self.tokens[self.at(slots), :longest].repeat_interleave(width, 0)
+            logits = warpers(ids, logits.flatten(0, 1)).view(logits.shape)
+        probabilities = logits.softmax(-1)
+        if recipe.samples:
+            return probabilities, draw(probabilities, rows[0].generator or self.generator)
+        return probabilities, probabilities.argmax(-1)
+
+    def warpers(self, row: Row) -> LogitsProcessorList:
+        recipe = row.settings.recipe
+        if row.processors or recipe not in self._warpers:
+            made = stock_warpers(
+                repetition_penalty=recipe.repetition_penalty,
+                temperature=recipe.temperature,
+                top_p=recipe.top_p,
+                top_k=recipe.top_k,
+                between=row.processors,
+            )
+            if row.processors:
+                return made
+            self._warpers[recipe] = made
+        return self._warpers[recipe]
+
+    def commit(self, accepted: Acceptance) -> None:
+        """Accepted tokens join their rows, on the device and, by the step's only copy, on the host."""
+        rows = len(self.active)
+        column = torch.arange(WINDOW, device=self.device)
+        tokens, committed = self.tokens[:rows], self.committed[:rows]
+        kept = torch.where(column < accepted.count[:, None], accepted.tokens, tokens[:, :1])
+        tokens.scatter_(1, committed[:, None] + column, kept)
+        self.cached[:rows] = committed
+        committed += accepted.count
+        self.autoregressive[:rows] = accepted.autoregressive
+
+        flags = torch.stack([accepted.count, accepted.autoregressive.long(), accepted.finished.long()], 1)
+        for row, line in zip(self.active, torch.cat([accepted.tokens, flags], 1).tolist(), strict=True):
+            count, autoregressive, finished = line[WINDOW:]
+            self.extend(row, line[:count], bool(autoregressive), bool(finished))
+
+    def extend(self, row: Row, new: list[int], autoregressive: bool, finished: bool) -> None:
+        kept = self.before_stop(row, new)
+        # the stock counts an AR step that ends its row among the MTP ones
+        row.steps.append(("ar" if row.autoregressive and not finished else "mtp", len(kept)))
+        row.switches += autoregressive and not row.autoregressive
+        row.forwards += 1
+        row.cached = row.committed
+        row.tokens += kept
+        row.autoregressive = autoregressive
+        row.done = finished or row.done or row.committed >= row.settings.limit
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor(kept))
+
+    def before_stop(self, row: Row, new: list[int]) -> list[int]:
+        """The accepted tokens up to the first that ends the row by the caller's stops or criteria."""
+        if not self.stops and not self.criteria:
+            return new
+        for count, token in enumerate(new, 1):
+            if token in self.stops:
+                row.done = True
+            elif self.criteria:
+                ids = torch.tensor([row.tokens + new[:count]], device=self.device)
+                row.done = bool(torch.as_tensor(self.criteria(ids, None)).any())
+            if row.done:
+                return new[:count]
+        return new
+
+    def at(self, slots: list[int]) -> torch.Tensor:
+        return torch.tensor(slots, dtype=torch.long, device=self.device)

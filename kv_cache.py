@@ -1,0 +1,244 @@
+# Copyright 2026 The LocateAnything-batched authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The KV cache: one slot per row, written in place; and what each token of a forward pass sees of it.
+
+A forward pass is packed: its T tokens of all rows lie side by side, `[1, T, hidden]`, and nothing is padding. A
+`PrefillStep` appends stretches of prompts; a `DecodeStep` feeds every row's pending tokens and, for rows in MTP mode,
+a window of six after them (decoding.md §2). A step tells the cache where to write and gives the attention its queries,
+keys and visibility.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .configuration import WINDOW
+
+# Keys are attended in multiples of this, so that few shapes occur and masks stay aligned.
+KEY_BLOCK = 64
+
+
+def round_up(n: int, multiple: int = KEY_BLOCK) -> int:
+    return -(-n // multiple) * multiple
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer, `[slots, kv_heads, capacity, head_dim]`, allocated at the first write."""
+
+    def __init__(self, slots: int, capacity: int):
+        super().__init__()
+        self.slots, self.capacity = slots, capacity
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        _, heads, _, head_dim = key_states.shape
+        # Zeros, not empty: a masked key still meets its value as 0 × value, which must not be NaN.
+        self.keys = key_states.new_zeros(self.slots, heads, self.capacity, head_dim)
+        self.values = torch.zeros_like(self.keys)
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, step, *args, **kwargs):
+        """Writes `[1, kv_heads, T, head_dim]` where `step` says; returns the layer's whole keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states)
+        self.keys[step.slots, :, step.offsets] = key_states.squeeze(0).transpose(0, 1)
+        self.values[step.slots, :, step.offsets] = value_states.squeeze(0).transpose(0, 1)
+        return self.keys, self.values
+
+    def get_seq_length(self, *args) -> int:
+        return 0  # rows have lengths of their own, which the loop keeps
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+    def get_max_cache_shape(self) -> int:
+        return self.capacity
+
+    def get_mask_sizes(self, *args) -> tuple[int, int]:
+        return self.capacity, 0
+
+
+class SlotKVCache(Cache):
+    """A transformers `Cache` whose batch dimension is slots that rows enter and leave between steps.
+
+    Args:
+        layers: decoder layers. slots: rows held at a time. capacity: tokens a slot has room for.
+    """
+
+    def __init__(self, layers: int, slots: int, capacity: int):
+        super().__init__(layers=[SlotLayer(slots, round_up(capacity)) for _ in range(layers)])
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of slot `source` to slot `target`."""
+        for layer in self.layers:
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
+
+    def clear(self, slot: int) -> None:
+        """Zeroes a slot, so that nothing of its last row can reach the next one."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[slot].zero_()
+                layer.values[slot].zero_()
+
+
+@dataclass
+class Stretch:
+    """Consecutive prompt tokens of one row in a prefill pass: `length` tokens behind the slot's first `cached`."""
+
+    slot: int
+    cached: int
+    length: int
+
+
+class PrefillStep:
+    """Appends stretches of prompts, packed in the given order; attention is causal in each row.
+
+    Attributes:
+        slots, offsets: `[T]` long, where each token's keys and values are written.
+        positions: `[1, T]` long.
+    """
+
+    def __init__(self, stretches: list[Stretch], device: torch.device):
+        self.stretches = stretches
+        offsets = [i for s in stretches for i in range(s.cached, s.cached + s.length)]
+        slots = [s.slot for s in stretches for _ in range(s.length)]
+        self.slots, self.offsets = torch.tensor([slots, offsets], device=device)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return self.offsets.unsqueeze(0)
+
+    def to(self, device: torch.device, **kwargs) -> PrefillStep:
+        """accelerate calls this before each layer, which may live on another device."""
+        return self if device == self.slots.device else PrefillStep(self.stretches, device)
+
+    def pieces(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
+        """What attends to what: yields (span, q, k, v, mask), the span in packed tokens.
+
+        query: `[1, heads, T, D]`; keys, values: the layer's, `[slots, kv_heads, capacity, D]`. q is
+        `[kv_heads, group, L, D]`; k and v `[kv_heads, group, K, D]`, expanded without a copy. mask is None where
+        plain causal attention is meant (nothing cached before), else `[L, K]` bool, True = visible.
+        """
+        grouped = query.squeeze(0).unflatten(0, (keys.shape[1], -1))  # [kv_heads, group, T, D]
+        start = 0
+        for stretch in self.stretches:
+            span = slice(start, start + stretch.length)
+            end = stretch.cached + stretch.length
+            k, v = (
+                x[stretch.slot, :, :end].unsqueeze(1).expand(-1, grouped.shape[1], -1, -1) for x in (keys, values)
+            )
+            mask = None
+            if stretch.cached:
+                reach = torch.arange(stretch.cached, end, device=query.device)
+                mask = torch.arange(end, device=query.device) <= reach[:, None]
+            yield span, grouped[:, :, span], k, v, mask
+            start = span.stop
+
+
+class DecodeStep:
+    """One decode pass over the rows in slots 0 … R-1: pending tokens, then a window for each row in MTP mode.
+
+    The grid of a step is `[R, Q]`: columns 0 … P-1 hold pending tokens (from the left), the last six, if any row is in
+    MTP mode, the window. Cells that a row does not use are left out of the packed tokens on CPU, where arithmetic is
+    what costs; on an accelerator they are computed and dropped, which spares the device-to-host copy of counting them.
+
+    A window's keys go to the places right after the committed tokens, where the next step's pending tokens overwrite
+    them; until then the mask hides them from everybody but the window.
+
+    Args:
+        committed: `[R]` long, tokens of each row (decoding.md's n). cached: `[R]` long, how many the cache holds.
+        autoregressive: `[R]` bool. pending: the largest `committed - cached`. windows: whether any row has one.
+        longest: the largest index written, plus one.
+    """
+
+    def __init__(
+        self,
+        committed: torch.Tensor,
+        cached: torch.Tensor,
+        autoregressive: torch.Tensor,
+        *,
+        pending: int,
+        windows: bool,
+        longest: int,
+    ):
+        device = committed.device
+        rows = committed.shape[0]
+        self.shape = (rows, pending + WINDOW * windows)
+        self.pending = pending
+        n, c = committed[:, None], cached[:, None]
+
+        fed = c + torch.arange(pending, device=device)  # [R, P]
+        offsets, positions, valid = fed, fed, fed < n
+        if windows:
+            slot_of_window = torch.arange(WINDOW, device=device)
+            offsets = torch.cat([offsets, n + slot_of_window], 1)
+            positions = torch.cat([positions, n - 1 + slot_of_window], 1)
+            valid = torch.cat([valid, ~autoregressive[:, None].expand(-1, WINDOW)], 1)
+
+        # Pending token i sees keys 0 … i. A window slot sees 0 … n-2 and the window; never n-1, which slot 0 repeats.
+        key = torch.arange(round_up(longest), device=device)
+        visible = key <= fed[..., None]
+        if windows:
+            window = (key < n - 1) | ((key >= n) & (key < n + WINDOW))
+            visible = torch.cat([visible, window[:, None].expand(-1, WINDOW, -1)], 1)
+        # A cell nobody uses sees key 0, for a query that sees nothing would be NaN.
+        self.visible = torch.where(valid[..., None], visible, key == 0)  # [R, Q, K] bool
+
+        cells = valid.flatten()
+        if device.type == "cpu":
+            self.kept = cells.nonzero().squeeze(1)
+            self.packed = (cells.long().cumsum(0) - 1).view(self.shape)
+        else:
+            self.kept = torch.arange(cells.numel(), device=device)
+            self.packed = self.kept.view(self.shape)
+            # an unused cell writes to its slot's last place, which no row reaches
+            offsets = torch.where(valid, offsets, -1)
+        self._mask: torch.Tensor | None = None
+        self.slots = self.kept // self.shape[1]
+        self.offsets = offsets.flatten()[self.kept]
+        self.positions = positions.flatten()[self.kept].unsqueeze(0)
+        # window slots 1 … 5 hold the mask token; slot 0 repeats the token at its position
+        self.masked = self.kept % self.shape[1] > pending
+
+    def to(self, device: torch.device, **kwargs) -> DecodeStep:
+        """accelerate calls this before each layer, which may live on another device."""
+        if device == self.slots.device:
+            return self
+        moved = copy(self)
+        moved._mask = None
+        for name in ("visible", "kept", "packed", "slots", "offsets", "positions"):
+            setattr(moved, name, getattr(self, name).to(device, **kwargs))
+        return moved
+
+    def to_grid(self, packed: torch.Tensor) -> torch.Tensor:
+        """`[T, …]` → `[R, Q, …]`; cells without a token hold zeros."""
+        grid = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
+        grid[self.kept] = packed
+        return grid.unflatten(0, self.shape)
+
+    def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
+        """`[R, Q, …]` → `[T, …]`."""
+        return grid.flatten(0, 1)[self.kept]
+
+    def mask(self, dtype: torch.dtype, group: int) -> torch.Tensor:
+        """Additive `[R, 1, group * Q, K]`, 0 where visible: the same for each of a key head's `group` query heads.
+
+        Made once a step: every layer asks for the same one.
+        """
+        if self._mask is None or self._mask.dtype != dtype:
+            hidden = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device)
+            hidden.masked_fill_(~self.visible, float("-inf"))
+            self._mask = hidden.unsqueeze(1).repeat(1, group, 1, 1).flatten(1, 2).unsqueeze(1)
+        return self._mask
+
+    def window_index(self, rows: torch.Tensor) -> torch.Tensor:
+        """Packed places `[len(rows), 6]` of the windows of these rows (MTP mode)."""
+        return self.packed[rows, self.pending :]
+
+    def last_index(self, rows: torch.Tensor, fed: torch.Tensor) -> torch.Tensor:
+        """Packed places `[len(rows)]` of the last of the `fed` pending tokens of these rows."""
+        return self.packed[rows, fed - 1]

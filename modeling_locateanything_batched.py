@@ -1,0 +1,434 @@
+# Copyright 2026 The LocateAnything-batched authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""LocateAnything on transformers' Qwen2, and its batched `generate`.
+
+`LocateAnythingForConditionalGeneration` is the plain model (forward, next-token generate).
+`LocateAnythingBatchedForConditionalGeneration` overrides `generate` with multi-token prediction over batches, each row
+answered as the stock model would answer it alone (decoding.md).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+# 4.57 copies from a local folder only what the entry file itself imports: name every remote-code file here.
+from .attention import WindowAttention
+from .configuration import WINDOW, LocateAnythingConfig, MoonViTConfig
+from .decoding import Acceptance  # noqa: F401
+from .generation import GenerationLoop, Row
+from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
+from .prompts import PromptFeatures, Prompts, read_grids, read_prompts
+from .settings import resolve
+from .vision import MoonViTModel
+
+PATCHES_A_PASS = 25600  # one image of the largest size, or many small ones
+ROWS_A_STEP = 32
+
+
+@dataclass
+class LocateAnythingGenerateOutput(ModelOutput):
+    """What `generate(return_dict_in_generate=True)` returns.
+
+    Args:
+        sequences: `[rows, prompt + new]` long, prompts padded on the left as they came, answers on the right.
+        row_forwards: `[rows]` long, the decoding forwards each row took part in (the stock's `forward_step`).
+    """
+
+    sequences: torch.LongTensor | None = None
+    row_forwards: torch.LongTensor | None = None
+
+
+class LocateAnythingPreTrainedModel(PreTrainedModel):
+    config_class = LocateAnythingConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen2DecoderLayer", "MoonViTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+
+
+class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, GenerationMixin):
+    """MoonViT, a two-layer projector and Qwen2, with the official checkpoint's parameter names.
+
+    Raises:
+        ValueError: a text tower other than Qwen2 in the config.
+    """
+
+    # 5.x reads the mapping, 4.57 its keys
+    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+
+    def __init__(self, config: LocateAnythingConfig):
+        if not isinstance(config.text_config, Qwen2Config):
+            raise ValueError(
+                f"text_config is a {type(config.text_config).__name__} (model_type "
+                f"{config.text_config.model_type!r}); LocateAnything decodes with a Qwen2Config tower."
+            )
+        super().__init__(config)
+        vision, hidden = config.vision_config, config.text_config.hidden_size
+        rows, columns = vision.merge_kernel_size
+        merged = vision.hidden_size * rows * columns
+        self.vision_model = MoonViTModel(vision)
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(merged), nn.Linear(merged, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+        )
+        self.language_model = Qwen2ForCausalLM(config.text_config)
+        for index, layer in enumerate(self.language_model.model.layers):
+            layer.self_attn = WindowAttention(self.language_model.config, index)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.language_model.set_decoder(decoder)
+
+    # ---- images
+
+    def extract_feature(
+        self, pixel_values: torch.Tensor, image_grid_hws: torch.Tensor | np.ndarray
+    ) -> list[torch.Tensor]:
+        """The vision tower's features, which `generate(visual_features=…)` takes to reuse them across calls.
+
+        Args:
+            pixel_values: `[patches, 3, 14, 14]`, images one after another. image_grid_hws: `[images, 2]`, (rows,
+                columns) in patches.
+
+        Returns:
+            Per image `[tokens, 4 * vision hidden]`, before the projector.
+        """
+        sizes = read_grids(image_grid_hws, self.config.vision_config, pixel_values.shape[0])
+        pixel_values = pixel_values.to(self._place_of(self.vision_model), self.vision_model.dtype)
+        features: list[torch.Tensor] = []
+        start = 0
+        while len(features) < len(sizes):
+            # as many images as fit the budget, one at least
+            images, patches = 0, 0
+            for height, width in sizes[len(features) :]:
+                if images and patches + height * width > PATCHES_A_PASS:
+                    break
+                images, patches = images + 1, patches + height * width
+            span = sizes[len(features) : len(features) + images]
+            features += self.vision_model(pixel_values[start : start + patches], span)
+            start += patches
+        return features
+
+    def project(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Projects vision-tower features, `[tokens, 4 * vision hidden]` each, to `[tokens, hidden]`."""
+        if not features:
+            return []
+        return list(self.mlp1(torch.cat(features)).split([len(feature) for feature in features]))
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_hws: torch.Tensor | np.ndarray
+    ) -> list[torch.Tensor]:
+        """Per image `[tokens, hidden]`, ready for the decoder's image slots."""
+        return self.project(self.extract_feature(pixel_values, image_grid_hws))
+
+    def embed_prompt(self, input_ids: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+        """`[..., T]` ids → `[..., T, hidden]`, image slots filled in order from `features` `[tokens, hidden]`."""
+        embeddings = self.get_input_embeddings()(input_ids)
+        if features:
+            slots = (input_ids == self.config.image_token_index).to(embeddings.device)
+            filling = torch.cat(features).to(embeddings.device, embeddings.dtype)
+            embeddings = embeddings.masked_scatter(slots.unsqueeze(-1), filling)
+        return embeddings
+
+    # ---- forward
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_hws: torch.Tensor | np.ndarray | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_features: list[torch.Tensor] | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One causal pass, as any transformers image-text model: `input_ids` `[B, L]`, images in slot order.
+
+        Args:
+            pixel_values, image_grid_hws: see `extract_feature`; visual_features: its result, instead of both.
+            labels: `[B, L]` long, -100 where no loss is wanted; next-token loss.
+
+        Raises:
+            ValueError: image slots in `input_ids` do not match the images' tokens.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("forward() needs input_ids or inputs_embeds; got neither.")
+            if visual_features is None and pixel_values is not None:
+                visual_features = self.extract_feature(pixel_values, image_grid_hws)
+            features = self.project(list(visual_features or []))
+            slots = int((input_ids == self.config.image_token_index).sum())
+            tokens = sum(len(feature) for feature in features)
+            if slots != tokens:
+                raise ValueError(f"input_ids have {slots} image slots, but the images give {tokens} tokens.")
+            inputs_embeds = self.embed_prompt(input_ids, features)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            # the images are in the cache already
+            for name in ("pixel_values", "image_grid_hws", "visual_features"):
+                inputs.pop(name, None)
+        return inputs
+
+    @staticmethod
+    def _place_of(module: nn.Module) -> torch.device:
+        """Where a module runs; accelerate's offloaded ones say it by their hook."""
+        hook = getattr(module, "_hf_hook", None)
+        place = getattr(hook, "execution_device", None)
+        return next(module.parameters()).device if place is None else torch.device(place)
+
+
+class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditionalGeneration):
+    """LocateAnything whose `generate` takes left-padded batches and predicts a window of tokens a forward."""
+
+    # ---- what the generation loop asks of a model
+
+    def decode(self, embeddings: torch.Tensor, step: PrefillStep | DecodeStep, cache: SlotKVCache) -> torch.Tensor:
+        """One packed pass of the decoder, `[T, hidden]` → `[T, hidden]`; keys and values go to the cache."""
+        return self.language_model.model(
+            inputs_embeds=embeddings.unsqueeze(0),
+            position_ids=step.positions,
+            # a dict is transformers' way of saying that masks are made already; the step holds visibility
+            attention_mask={"full_attention": None},
+            past_key_values=cache,
+            use_cache=True,
+            step=step,
+        ).last_hidden_state.squeeze(0)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[N, hidden]` → `[N, vocabulary]` float32."""
+        return self.language_model.lm_head(hidden_states).float()
+
+    # ---- generate
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        *,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_hws: torch.Tensor | np.ndarray | None = None,
+        visual_features: Sequence[torch.Tensor] | torch.Tensor | None = None,
+        generation_mode: str | Sequence[str] = "hybrid",
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        streamer: BaseStreamer | None = None,
+        max_batch_rows: int | None = None,
+        tokenizer: Any | None = None,
+        verbose: bool = False,
+        use_cache: bool = True,
+        n_future_tokens: int = WINDOW,
+        **kwargs: Any,
+    ) -> torch.LongTensor | LocateAnythingGenerateOutput | str | list[str] | tuple:
+        """Answers a batch of prompts; each row as the stock model would answer it alone.
+
+        Args:
+            input_ids (or `inputs`): `[rows, L]` long, padded on the left. attention_mask: `[rows, L]`, 0 on padding.
+            pixel_values: `[patches, 3, 14, 14]` of all rows' images in order. image_grid_hws: `[images, 2]`, (rows,
+                columns) in patches.
+            visual_features: instead of pixels, `extract_feature`'s result (a list, one `[tokens, 4 * vision hidden]`
+                per image), or one tensor `[tokens, hidden]` that is projected already.
+            generation_mode: "hybrid", "fast" or "slow"; one for all, or a list with one per row.
+            generation_config and keyword arguments: transformers'. `temperature`, `do_sample`, `top_p`, `top_k`,
+                `repetition_penalty`, `max_new_tokens` and `max_length` may be lists with one value per row.
+                `max_length` counts a row's own tokens, without padding. A temperature above 0 samples; the default is
+                greedy. `eos_token_id` adds ids that end a row to the model's own end of turn.
+            logits_processor: called per row with `input_ids` `[6, n]` (its committed tokens, once for each window
+                slot; `[1, n]` in a next-token step) and `scores` `[6, V]` float32.
+            stopping_criteria: asked after every accepted token of every row, with `input_ids` `[1, n]`.
+            generator: draws for all rows, or a list with one per row (of the answer, after `num_return_sequences`);
+                then a row's draws do not depend on its neighbours.
+            streamer: gets prompt and tokens of a single row.
+            max_batch_rows: rows decoded at a time, 32 by default; the others wait for a place.
+            tokenizer: given, the answer is text, as the stock's generate returns it (decoding.md §6).
+            verbose: with `tokenizer`, also the history and a line of statistics.
+
+        Returns:
+            Without `tokenizer`: `[rows, L + new]` long, padded with the pad token behind the answers, or a
+            `LocateAnythingGenerateOutput` with `return_dict_in_generate=True`. An MTP step may pass the limit by up
+            to five tokens; they stay, as in the stock.
+            With `tokenizer`: the text of one row, or a list of texts; with `verbose=True` the tuple (text, history,
+            statistics), history being the (mode, text) of each forward.
+
+        Raises:
+            ValueError: anything about the arguments that cannot work, before any image is encoded.
+        """
+        started = time.perf_counter()
+        if inputs is not None and input_ids is not None:
+            raise ValueError("generate() got both inputs and input_ids; they are two names of one argument.")
+        if not use_cache:
+            raise ValueError("use_cache=False: LocateAnything's windows need the cache; leave it on.")
+        if n_future_tokens != WINDOW:
+            raise ValueError(f"n_future_tokens={n_future_tokens}: this model predicts {WINDOW} tokens at a time.")
+        if verbose and tokenizer is None:
+            raise ValueError("verbose=True returns texts and needs tokenizer=; got none.")
+        device = self._place_of(self.get_input_embeddings())
+        prompts = read_prompts(input_ids if inputs is None else inputs, attention_mask, self.config, device)
+        cap = self.config.text_config.max_position_embeddings
+        call = resolve(
+            [len(prompt) for prompt in prompts.rows],
+            generation_mode=generation_mode,
+            given=generation_config,
+            default=self.generation_config,
+            arguments=kwargs,
+            stock_call=tokenizer is not None,
+            length_cap=min(cap, getattr(tokenizer, "model_max_length", cap)),
+            end_token_id=self.config.token_roles.end,
+            pad_token_id=self.config.pad_token_id,
+        )
+        features = PromptFeatures(self, prompts, pixel_values, image_grid_hws, visual_features)
+        criteria = self._get_stopping_criteria(call.config, stopping_criteria or StoppingCriteriaList(), tokenizer)
+
+        repeats = call.num_return_sequences
+        generators = self._generators(generator, len(prompts.rows) * repeats)
+        if streamer is not None and len(generators) > 1:
+            raise ValueError(f"streamer= follows one row; got {len(generators)}.")
+        if max_batch_rows is not None and max_batch_rows < 1:
+            raise ValueError(f"max_batch_rows={max_batch_rows}: expected 1 or more.")
+        rows = []
+        for index, own_generator in enumerate(generators):
+            prompt = prompts.rows[index // repeats]
+            # transformers' factory builds whatever else the config asks for, some of it by prompt length
+            processors = self._get_logits_processor(
+                generation_config=call.config,
+                input_ids_seq_length=len(prompt),
+                encoder_input_ids=torch.tensor([prompt], device=device),
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                logits_processor=LogitsProcessorList(logits_processor or []),
+                device=device,
+                model_kwargs={},
+            )
+            rows.append(Row(index, prompt, call.rows[index // repeats], processors, own_generator))
+
+        loop = GenerationLoop(
+            self,
+            features.repeated(repeats),
+            rows,
+            self.config.token_roles,
+            layers=self.config.text_config.num_hidden_layers,
+            slots=max_batch_rows or ROWS_A_STEP,
+            stops=call.stops,
+            criteria=criteria,
+            streamer=streamer,
+            generator=generator if isinstance(generator, torch.Generator) else None,
+            device=device,
+        )
+        rows = loop.run()
+        if tokenizer is not None:
+            return self._as_text(rows, tokenizer, verbose, started)
+        sequences = self._as_sequences(rows, prompts, repeats, call.pad_token_id)
+        if not call.return_dict:
+            return sequences
+        forwards = torch.tensor([row.forwards for row in rows], device=sequences.device)
+        return LocateAnythingGenerateOutput(sequences=sequences, row_forwards=forwards)
+
+    @staticmethod
+    def _generators(generator: Any, rows: int) -> list[torch.Generator | None]:
+        if generator is None or isinstance(generator, torch.Generator):
+            return [None] * rows
+        if len(generator) != rows:
+            raise ValueError(f"generator has {len(generator)} generators for {rows} rows; expected one or one per row.")
+        return list(generator)
+
+    @staticmethod
+    def _as_sequences(rows: list[Row], prompts: Prompts, repeats: int, pad_token_id: int) -> torch.LongTensor:
+        width = max(len(row.answer) for row in rows)
+        answers = torch.tensor(
+            [row.answer + [pad_token_id] * (width - len(row.answer)) for row in rows],
+            dtype=torch.long,
+            device=prompts.input_ids.device,
+        )
+        return torch.cat([prompts.input_ids.repeat_interleave(repeats, 0), answers], 1)
+
+    @staticmethod
+    def _as_text(rows: list[Row], tokenizer: Any, verbose: bool, started: float) -> Any:
+        def text_of(ids: list[int]) -> str:
+            return tokenizer.decode(ids, skip_special_tokens=False)
+
+        texts = [text_of(row.answer) for row in rows]
+        answer = texts[0] if len(rows) == 1 else texts
+        if not verbose:
+            return answer
+        seconds = time.perf_counter() - started
+        tokens = sum(len(row.answer) for row in rows)
+        boxes = sum(text.count("<box>") for text in texts)
+        statistics = (
+            f"num_tokens={tokens}; generate_time(s)={seconds:.4f}; tps={tokens / seconds:.4f}; "
+            f"forward_step={sum(row.forwards for row in rows)}; num_boxes={boxes}; bps={boxes / seconds:.4f}; "
+            f"switch_to_ar={sum(row.switches for row in rows)}"
+        )
+        histories = []
+        for row in rows:
+            ids, history = iter(row.answer), []
+            for mode, count in row.steps:
+                history.append((mode, text_of([next(ids) for _ in range(count)])))
+            histories.append(history)
+        return answer, histories[0] if len(rows) == 1 else histories, statistics
+
+
+__all__ = [
+    "LocateAnythingBatchedForConditionalGeneration",
+    "LocateAnythingConfig",
+    "LocateAnythingForConditionalGeneration",
+    "LocateAnythingGenerateOutput",
+    "LocateAnythingPreTrainedModel",
+    "MoonViTConfig",
+]

@@ -1,0 +1,217 @@
+# Copyright 2026 The LocateAnything-batched authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""A batch's prompts and images as `generate` receives them: checked, taken apart by row, encoded on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .configuration import LocateAnythingConfig, MoonViTConfig
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """rows: each row's tokens without padding. slots: image slots of each row. input_ids: `[rows, L]` as they came."""
+
+    input_ids: torch.LongTensor
+    rows: list[list[int]]
+    slots: list[int]
+
+
+def read_prompts(
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    config: LocateAnythingConfig,
+    device: torch.device,
+) -> Prompts:
+    """Takes a left-padded batch apart.
+
+    Args:
+        input_ids: `[rows, L]` long. attention_mask: `[rows, L]`, or None: then leading pad tokens are padding.
+
+    Raises:
+        ValueError: no rows, wrong shapes, padding anywhere but on the left, an id outside the vocabulary, a prompt
+            that ends in an image slot.
+    """
+    if input_ids is None:
+        raise ValueError("generate() needs input_ids; got none.")
+    input_ids = torch.as_tensor(input_ids)
+    if input_ids.is_floating_point() or input_ids.dim() != 2:
+        raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; expected integers [rows, length].")
+    input_ids = input_ids.to(device, torch.long)
+    if 0 in input_ids.shape:
+        raise ValueError(f"input_ids are {list(input_ids.shape)}: an empty batch has no answer.")
+    vocabulary = config.text_config.vocab_size
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"input_ids hold ids from {low} to {high}; the vocabulary has {vocabulary}.")
+
+    if attention_mask is None:
+        mask = (input_ids != config.pad_token_id).long().cummax(1).values.bool()
+    else:
+        mask = torch.as_tensor(attention_mask).to(device) != 0
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask is {list(mask.shape)}; expected input_ids' {list(input_ids.shape)}.")
+    _require_left_padding(mask)
+    rows = [ids[kept].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
+    for index, row in enumerate(rows):
+        if row[-1] == config.image_token_index:
+            raise ValueError(f"row {index}: the prompt ends in an image slot; a question must follow its image.")
+    return Prompts(input_ids, rows, [row.count(config.image_token_index) for row in rows])
+
+
+def _require_left_padding(mask: torch.Tensor) -> None:
+    """mask: `[rows, L]` bool."""
+    for index, row in enumerate(mask.tolist()):
+        if True not in row:
+            raise ValueError(f"row {index}: attention_mask is 0 everywhere; an empty prompt has no answer.")
+        first = row.index(True)
+        if all(row[first:]):
+            continue
+        where = "right" if not any(row[row.index(False, first) :]) else "inside"
+        raise ValueError(
+            f"row {index}: attention_mask pads on the {where}; generate() needs padding on the left. Make the batch "
+            'with padding_side="left" (LocateAnythingProcessor does; set tokenizer.padding_side = "left" elsewhere).'
+        )
+
+
+def read_grids(
+    image_grid_hws: torch.Tensor | np.ndarray | Sequence[Sequence[int]] | None,
+    config: MoonViTConfig,
+    patches: int | None = None,
+) -> list[tuple[int, int]]:
+    """(rows, columns) in patches of each image.
+
+    Args:
+        patches: how many patches the pixels hold; checked against the grids' sum.
+
+    Raises:
+        ValueError: not `[images, 2]`, a side that is no positive multiple of the merge, or sums that differ.
+    """
+    if image_grid_hws is None:
+        raise ValueError("pixel_values came without image_grid_hws; pass the processor's output whole.")
+    grids = torch.as_tensor(image_grid_hws)
+    if grids.dim() != 2 or grids.shape[1] != 2 or grids.is_floating_point():
+        raise ValueError(f"image_grid_hws is {grids.dtype} {list(grids.shape)}; expected integers [images, 2].")
+    sizes = [(int(height), int(width)) for height, width in grids.tolist()]
+    rows, columns = config.merge_kernel_size
+    for index, (height, width) in enumerate(sizes):
+        if height < 1 or width < 1 or height % rows or width % columns or max(height, width) >= 512:
+            raise ValueError(
+                f"image {index}: a grid of {height}×{width} patches; expected multiples of {rows}×{columns} below 512."
+            )
+    total = sum(height * width for height, width in sizes)
+    if patches is not None and total != patches:
+        raise ValueError(f"pixel_values hold {patches} patches, but image_grid_hws {sizes} make {total}.")
+    return sizes
+
+
+class PromptFeatures:
+    """The image features of each row, checked at once and encoded when the loop takes them.
+
+    Args:
+        model: encodes and projects. pixel_values, image_grid_hws, visual_features: as `generate` takes them.
+
+    Raises:
+        ValueError: images that do not fill the rows' image slots exactly, in order.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Prompts,
+        pixel_values: torch.Tensor | Sequence[torch.Tensor] | None,
+        image_grid_hws: torch.Tensor | np.ndarray | None,
+        visual_features: Sequence[torch.Tensor] | torch.Tensor | None,
+    ):
+        self.model = model
+        self.repeats = 1
+        self.features: Sequence[torch.Tensor] | None = None
+        self.pixels: list[torch.Tensor] = []
+        self.sizes: list[tuple[int, int]] = []
+        vision = model.config.vision_config
+        if isinstance(visual_features, torch.Tensor):
+            if sum(prompts.slots) != len(visual_features):
+                _refuse_count(sum(prompts.slots), len(visual_features), "visual_features")
+            self.features = visual_features.split(prompts.slots)
+            self.images = [[row] if slots else [] for row, slots in enumerate(prompts.slots)]
+            return
+        if visual_features is not None:
+            self.features = list(visual_features)
+            tokens = [len(feature) for feature in self.features]
+        elif pixel_values is not None:
+            if not isinstance(pixel_values, torch.Tensor):
+                pixel_values = torch.cat(list(pixel_values))
+            patch = vision.patch_size
+            if pixel_values.dim() != 4 or pixel_values.shape[1:] != (3, patch, patch):
+                shape = list(pixel_values.shape)
+                raise ValueError(f"pixel_values are {shape}; expected [patches, 3, {patch}, {patch}].")
+            self.sizes = read_grids(image_grid_hws, vision, len(pixel_values))
+            self.pixels = list(pixel_values.split([height * width for height, width in self.sizes]))
+            rows, columns = vision.merge_kernel_size
+            tokens = [height * width // (rows * columns) for height, width in self.sizes]
+        else:
+            tokens = []
+        self.images = images_by_row(prompts.slots, tokens)
+
+    def repeated(self, times: int) -> PromptFeatures:
+        """For `num_return_sequences`: row i of the loop shows what row i // times of the prompts does."""
+        self.repeats = times
+        return self
+
+    def take(self, rows: list[int]) -> list[list[torch.Tensor]]:
+        """For each of these rows of the loop, its images' features `[tokens, hidden]`, in order."""
+        wanted = [self.images[row // self.repeats] for row in rows]
+        needed = sorted({image for images in wanted for image in images})
+        encoded = dict(zip(needed, self.encode(needed), strict=True))
+        return [[encoded[image] for image in images] for images in wanted]
+
+    def encode(self, images: list[int]) -> list[torch.Tensor]:
+        """`[tokens, hidden]` of each image."""
+        if not images:
+            return []
+        if self.features is None:
+            pixels = torch.cat([self.pixels[image] for image in images])
+            return self.model.get_image_features(pixels, torch.tensor([self.sizes[image] for image in images]))
+        features = [self.features[image] for image in images]
+        place = next(self.model.mlp1.parameters())
+        projected = isinstance(self.features, tuple)
+        return features if projected else self.model.project([f.to(place.device, place.dtype) for f in features])
+
+
+def images_by_row(slots: list[int], tokens: list[int]) -> list[list[int]]:
+    """Which images fill each row's slots, in order.
+
+    Args:
+        slots: image slots of each row. tokens: image tokens of each image.
+
+    Raises:
+        ValueError: a row's slots end inside an image, images run out, or images are left over.
+    """
+    rows: list[list[int]] = []
+    image = 0
+    for index, count in enumerate(slots):
+        own: list[int] = []
+        while count > 0 and image < len(tokens):
+            own.append(image)
+            count -= tokens[image]
+            image += 1
+        if count:
+            filled = sum(tokens[i] for i in own)
+            raise ValueError(
+                f"row {index} has {slots[index]} image slots, but its images give {filled} tokens; the prompt and the "
+                "images do not belong together."
+            )
+        rows.append(own)
+    if image < len(tokens):
+        _refuse_count(sum(slots), sum(tokens), f"{len(tokens)} images")
+    return rows
+
+
+def _refuse_count(slots: int, tokens: int, of: str) -> None:
+    raise ValueError(f"input_ids have {slots} image slots, but {of} give {tokens} tokens.")

@@ -1,0 +1,211 @@
+# Copyright 2026 The LocateAnything-batched authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""What `generate` was asked for: from transformers' (and the stock's) arguments to one `RowSettings` per row."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+MODES = ("hybrid", "fast", "slow")
+DEFAULT_NEW_TOKENS = 2048  # decoding.md §6
+_PER_ROW = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_length")
+_ONE_FORWARD = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a row's logits become probabilities (decoding.md §3). Rows with equal recipes are processed together."""
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+
+    @property
+    def samples(self) -> bool:
+        return self.temperature > 0
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """mode: one of `MODES`. limit: the row decodes while it holds fewer tokens, prompt included."""
+
+    mode: str
+    limit: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class CallSettings:
+    """Settings of one call.
+
+    rows: one per input row, before `num_return_sequences` repeats it. stops: end-of-sequence ids beside the rules'
+    own im_end. config: the generation config without what `rows` already says, for transformers' own factories of
+    processors and criteria.
+    """
+
+    rows: list[RowSettings]
+    stops: frozenset[int]
+    pad_token_id: int
+    num_return_sequences: int
+    return_dict: bool
+    config: GenerationConfig
+
+
+def resolve(
+    prompt_lengths: list[int],
+    *,
+    generation_mode: str | Sequence[str],
+    given: GenerationConfig | None,
+    default: GenerationConfig,
+    arguments: dict[str, Any],
+    stock_call: bool,
+    length_cap: int,
+    end_token_id: int,
+    pad_token_id: int,
+) -> CallSettings:
+    """Merges the sources of settings; the first that speaks wins: arguments, `given`, `default`.
+
+    `temperature` alone decides between greedy (0, the default) and sampling, as in the stock; `do_sample=True` means
+    temperature 1.0 unless told, and `do_sample=False` greedy. In a stock call (`tokenizer=` was passed) `do_sample` is
+    ignored, as there. Of `default`, the model's own config, only what differs from transformers' defaults speaks.
+
+    Args:
+        prompt_lengths: tokens of each row's prompt, without padding.
+        arguments: `generate`'s keyword arguments that a `GenerationConfig` may take. `_PER_ROW` ones may be a list
+            with one value per row.
+        length_cap: no row grows beyond this many tokens.
+
+    Raises:
+        ValueError: an unknown argument, mode or value, a list of the wrong length, a prompt at or over its limit.
+    """
+    rows = len(prompt_lengths)
+    modes = _per_row("generation_mode", generation_mode, rows)
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"generation_mode={mode!r} is unknown; expected one of {', '.join(MODES)}.")
+
+    per_row = {name: arguments.pop(name) for name in _PER_ROW if arguments.get(name) is not None}
+    per_row = {name: _per_row(name, value, rows) for name, value in per_row.items()}
+    spoken = _what_speaks(given, default)
+    config = _config(given or default, {k: v for k, v in arguments.items() if v is not None or k in _PER_ROW})
+
+    def value(name: str, row: int) -> Any:
+        return per_row[name][row] if name in per_row else spoken.get(name)
+
+    settings = []
+    for row, (mode, prompt) in enumerate(zip(modes, prompt_lengths, strict=True)):
+        own = {name: value(name, row) for name in _PER_ROW}
+        explicit = {name for name in _PER_ROW if name in per_row}
+        settings.append(RowSettings(mode, _limit(own, prompt, length_cap, row), _recipe(own, explicit, stock_call)))
+
+    sequences = config.num_return_sequences or 1
+    if not isinstance(sequences, int) or sequences < 1:
+        raise ValueError(f"num_return_sequences={sequences!r}: expected a whole number of 1 or more.")
+    stops = config.eos_token_id
+    stops = [] if stops is None else stops.tolist() if isinstance(stops, torch.Tensor) else stops
+    pad = config.pad_token_id
+    # what the rows' settings and the rules already do must not be done a second time by transformers' factories
+    config.eos_token_id = config.max_length = config.max_new_tokens = None
+    config._eos_token_tensor = None
+    config.do_sample, config.repetition_penalty = False, 1.0
+    return CallSettings(
+        rows=settings,
+        stops=frozenset([stops] if isinstance(stops, int) else stops) - {end_token_id},
+        pad_token_id=pad_token_id if pad is None else int(pad),
+        num_return_sequences=sequences,
+        return_dict=bool(config.return_dict_in_generate),
+        config=config,
+    )
+
+
+def _per_row(name: str, value: Any, rows: int) -> list[Any]:
+    """One value for every row: a scalar for all, or as many as there are rows."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return [value] * rows
+    if len(value) != rows:
+        raise ValueError(f"{name} has {len(value)} values for {rows} rows; expected one for all or one per row.")
+    return list(value)
+
+
+def _what_speaks(given: GenerationConfig | None, default: GenerationConfig) -> dict[str, Any]:
+    if given is None:
+        spoken = default.to_diff_dict()
+        return {name: spoken.get(name) for name in _PER_ROW}
+    untouched = GenerationConfig()
+    spoken = {name: getattr(given, name, None) for name in _PER_ROW}
+    if spoken["max_length"] == getattr(untouched, "max_length", None):
+        spoken["max_length"] = None  # 4.57's default of 20 is nobody's wish
+    return spoken
+
+
+def _config(base: GenerationConfig, arguments: dict[str, Any]) -> GenerationConfig:
+    config = copy.deepcopy(base)
+    unknown = [name for name in arguments if not hasattr(config, name)]
+    if unknown:
+        known = [*vars(config), *_PER_ROW, "generation_mode", "pixel_values", "image_grid_hws", "visual_features"]
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"generate() got unknown arguments: {', '.join(unknown)}.{hint}")
+    for name, argument in arguments.items():
+        setattr(config, name, argument)
+    if config.num_beams not in (None, 1):
+        raise ValueError(f"num_beams={config.num_beams}: LocateAnything has no beam search; leave it at 1.")
+    for name in _ONE_FORWARD:
+        if getattr(config, name, None):
+            raise ValueError(f"{name}=True is not supported: a step decodes a window of tokens, not one.")
+    return config
+
+
+def _limit(own: dict[str, Any], prompt: int, cap: int, row: int) -> int:
+    if own["max_new_tokens"] is not None:
+        new = own["max_new_tokens"]
+        if new < 1:
+            raise ValueError(f"max_new_tokens={new}: expected 1 or more.")
+        limit = prompt + int(new)
+    else:
+        limit = own["max_length"] if own["max_length"] is not None else prompt + DEFAULT_NEW_TOKENS
+    limit = min(int(limit), cap)
+    if prompt >= limit:
+        raise ValueError(f"row {row}: its prompt has {prompt} tokens, at or over the length limit of {limit}.")
+    return limit
+
+
+def _recipe(own: dict[str, Any], explicit: set[str], stock_call: bool) -> Recipe:
+    do_sample = None if stock_call and "do_sample" in explicit else own["do_sample"]
+    refused = do_sample is False and "do_sample" in explicit
+    if "temperature" in explicit and not refused:
+        temperature = own["temperature"]
+    elif do_sample:
+        temperature = 1.0 if own["temperature"] is None else own["temperature"]
+    else:
+        temperature = 0.0
+    penalty = 1.0 if own["repetition_penalty"] is None else own["repetition_penalty"]
+    top_p, top_k = own["top_p"], own["top_k"]
+    if temperature == 0:
+        # filters change a greedy row's thresholds, so only who asked for them by argument gets them
+        top_p = top_p if "top_p" in explicit and not refused else None
+        top_k = top_k if "top_k" in explicit and not refused else None
+    if not temperature >= 0 or temperature == float("inf"):
+        raise ValueError(f"temperature={temperature}: expected 0 (greedy) or a positive number.")
+    if not penalty > 0:
+        raise ValueError(f"repetition_penalty={penalty}: expected a positive number, 1.0 for none.")
+    if top_p is not None and not top_p >= 0:
+        raise ValueError(f"top_p={top_p}: expected a number from 0 to 1.")
+    if top_k is not None and (top_k < 0 or int(top_k) != top_k):
+        raise ValueError(f"top_k={top_k}: expected a whole number, 0 for no filter.")
+    return Recipe(
+        repetition_penalty=float(penalty),
+        temperature=float(temperature),
+        top_p=None if top_p is None or top_p >= 1 else float(top_p),
+        top_k=int(top_k) if top_k else None,
+    )
