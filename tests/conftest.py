@@ -1,0 +1,112 @@
+"""Fixtures: the flat remote-code files as a package, the golden cases, the small checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
+CHECKPOINTS = {"shapes": ROOT / "demo" / "checkpoint", "shapes-early": GOLDENS / "shapes-early" / "checkpoint"}
+
+# The remote-code files import each other relatively, as transformers lays them out; here their folder is the package.
+package = types.ModuleType("locateanything")
+package.__path__ = [str(ROOT)]
+sys.modules["locateanything"] = package
+sys.path.insert(0, str(ROOT))  # the scripts, imported as a user of a clone would
+
+torch.set_num_threads(1)  # the models are tiny, and the tests run side by side
+
+
+@functools.lru_cache
+def cases_of(name: str) -> list[dict]:
+    return [json.loads(line) for line in (GOLDENS / name / "cases.jsonl").read_text().splitlines()]
+
+
+@functools.lru_cache
+def model_of(name: str):
+    from locateanything.modeling_locateanything_batched import LocateAnythingBatchedForConditionalGeneration
+
+    return LocateAnythingBatchedForConditionalGeneration.from_pretrained(CHECKPOINTS[name]).eval()
+
+
+@functools.lru_cache(maxsize=None)
+def pixels_of(name: str, image: str):
+    """(pixel_values, (rows, columns)) of a golden picture."""
+    from locateanything.processing import LocateAnythingImageProcessor
+
+    from locateanything.media import load_image
+
+    processor = LocateAnythingImageProcessor.from_pretrained(CHECKPOINTS[name])
+    out = processor.preprocess([load_image(GOLDENS / name / "images" / image)], return_tensors="pt")
+    return out["pixel_values"], out["image_grid_hws"][0].tolist()
+
+
+RECIPE = ("repetition_penalty", "temperature", "top_p", "top_k")
+
+
+class Batch:
+    """Golden cases as one left-padded batch, ready for `generate`."""
+
+    def __init__(self, name: str, cases: list[dict], extra_padding: int = 0):
+        self.model, self.cases = model_of(name), cases
+        width = max(len(case["input_ids"]) for case in cases) + extra_padding
+        pad = self.model.config.pad_token_id
+        rows = [[pad] * (width - len(case["input_ids"])) + case["input_ids"] for case in cases]
+        self.input_ids = torch.tensor(rows)
+        self.attention_mask = torch.tensor(
+            [[0] * (width - len(c["input_ids"])) + [1] * len(c["input_ids"]) for c in cases]
+        )
+        images = [pixels_of(name, image) for case in cases for image in case["images"]]
+        self.inputs = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "pixel_values": torch.cat([pixels for pixels, _ in images]),
+            "image_grid_hws": torch.tensor([grid for _, grid in images]),
+        }
+        self.settings = {
+            "generation_mode": [case["generation_mode"] for case in cases],
+            "max_new_tokens": [case["max_new_tokens"] for case in cases],
+            "repetition_penalty": [case.get("repetition_penalty", 1.0) for case in cases],
+            "temperature": [case.get("temperature", 0.0) for case in cases],
+            "top_p": [case.get("top_p", 1.0) for case in cases],
+            "top_k": [case.get("top_k", 0) for case in cases],
+        }
+
+    def generators(self) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(case.get("seed", 0)) for case in self.cases]
+
+    def run(self, **kwargs):
+        settings = {**self.settings, "generator": self.generators(), "return_dict_in_generate": True, **kwargs}
+        return self.model.generate(**self.inputs, **settings)
+
+    def answers(self, output) -> list[list[int]]:
+        """Each row's new ids without the padding behind them; what stands behind must be padding."""
+        sequences = getattr(output, "sequences", output)[:, self.input_ids.shape[1] :].tolist()
+        pad = self.model.config.pad_token_id
+        answers = []
+        for row, case in zip(sequences, self.cases, strict=True):
+            length = len(case["output_ids"])
+            assert all(token == pad for token in row[length:]), "tokens behind the expected end"
+            answers.append(row[:length])
+        return answers
+
+    def expected(self) -> list[list[int]]:
+        return [case["output_ids"] for case in self.cases]
+
+
+@pytest.fixture(scope="session", params=["shapes", "shapes-early"])
+def golden(request) -> str:
+    """The name of a set of goldens."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    return model_of("shapes")

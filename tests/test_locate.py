@@ -1,0 +1,249 @@
+"""locate.py: the demo checkpoint through the command line, and the parts that need no model."""
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import locate
+from locate import Detection, Locator, draw, loadable, main, table
+from upload_to_hub import assemble
+
+PROJECT = Path(__file__).resolve().parent.parent
+GOLDENS = PROJECT / "tests" / "goldens" / "shapes"
+PICTURES = GOLDENS / "images"
+# (picture, task, query): what the stock model answered, found in cases.jsonl by the question
+TRIANGLES = ("044.png", "Locate all the instances that matches the following description: yellow triangle.")
+SQUARES = ("030.png", "Locate all the instances that matches the following description: orange square.")
+POINT = ("012.png", "Point to: red circle.")
+
+
+def stock_answer(file, question):
+    """What the stock's greedy hybrid run said, and the places in it as fractions of the picture."""
+    with open(GOLDENS / "cases.jsonl", encoding="utf-8") as lines:
+        for case in map(json.loads, lines):
+            greedy = case["generation_mode"] == "hybrid" and not case.get("temperature")
+            if greedy and case["images"] == [file] and case["question"] == question and case["max_new_tokens"] == 256:
+                boxes = [part.split("</box>")[0] for part in case["output"].split("<box>")[1:]]
+                places = [[int(value) / 1000 for value in box[1:-1].split("><")] for box in boxes]
+                return case["output"].removesuffix("<|im_end|>"), places
+    raise LookupError(question)
+
+
+def run(out, *arguments):
+    code = main([*map(str, arguments), "--out", str(out), "--device", "cpu"])
+    results = out / "results.json"
+    return code, json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Assembled folders go here and not to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(locate, "HF_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def detected(tmp_path_factory):
+    """Two good pictures among bad ones, two queries, batches of three rows."""
+    folder = tmp_path_factory.mktemp("detect")
+    (folder / "broken.png").write_bytes((PICTURES / "000.png").read_bytes()[:60])
+    Image.new("RGB", (9000, 14)).save(folder / "too-wide.png")
+    sources = [
+        folder / "broken.png",
+        PICTURES / TRIANGLES[0],
+        folder / "absent.png",
+        folder / "too-wide.png",
+        PICTURES / SQUARES[0],
+    ]
+    queries = ["--query", "yellow triangle", "--query", "orange square"]
+    code, results = run(folder / "out", *sources, *queries, "--batch-size", 3)
+    return folder, code, results
+
+
+def assert_answers_like_the_stock(results, image, query, golden, kind):
+    entry = next(entry for entry in results["images"] if entry["image"].endswith(image))
+    answer = next(answer for answer in entry["answers"] if answer["query"] == query)
+    text, places = stock_answer(*golden)
+    assert answer["question"] == golden[1]
+    assert answer["text"] == text
+    assert len(places) > 0
+    size = [entry["width"], entry["height"]] * 2
+    pixels = [[value * side for value, side in zip(place, size, strict=False)] for place in places]
+    assert [found["label"] for found in answer["detections"]] == [query] * len(places)
+    for found, expected in zip(answer["detections"], pixels, strict=True):
+        assert found[kind] == pytest.approx(expected, abs=0.006)
+
+
+def test_good_pictures_are_answered_as_the_stock_answers_them(detected):
+    _, _, results = detected
+    assert_answers_like_the_stock(results, TRIANGLES[0], "yellow triangle", TRIANGLES, "box")
+    assert_answers_like_the_stock(results, SQUARES[0], "orange square", SQUARES, "box")
+    assert [len(entry["answers"]) for entry in results["images"]] == [2, 2]
+
+
+def test_bad_pictures_are_named_and_the_exit_code_says_so(detected):
+    folder, code, results = detected
+    assert code == 1
+    assert [Path(error["image"]).name for error in results["errors"]] == ["broken.png", "absent.png", "too-wide.png"]
+    assert all(error["error"] for error in results["errors"])
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["030.png", "044.png", "results.json"]
+
+
+def test_pictures_show_the_boxes(detected):
+    folder, _, results = detected
+    for entry in results["images"]:
+        with Image.open(entry["image"]) as plain, Image.open(folder / "out" / entry["picture"]) as drawn:
+            assert drawn.width % plain.width == 0
+            same_size = plain.convert("RGB").resize(drawn.size, Image.Resampling.NEAREST)
+            assert same_size.tobytes() != drawn.convert("RGB").tobytes()
+
+
+def test_points_and_other_modes(tmp_path, capsys):
+    picture = PICTURES / POINT[0]
+    code, results = run(tmp_path, picture, "--query", "red circle", "--task", "point")
+    assert code == 0
+    assert_answers_like_the_stock(results, POINT[0], "red circle", POINT, "point")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(POINT[0] in line and line.endswith("red circle  point 14.0, 14.0") for line in lines)
+    # An existing folder is used again, and its files are replaced
+    code, results = run(tmp_path, picture, "--query", "red circle", "--mode", "slow", "--max-new-tokens", 2)
+    assert code == 0
+    assert results["generation_mode"] == "slow"
+    assert results["task"] == "detect"
+    assert results["images"][0]["answers"][0]["detections"] == []
+
+
+def test_all_pictures_bad_loads_no_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Locator, "folder", property(lambda _: pytest.fail("the model is looked for")))
+    code, results = run(tmp_path / "out", tmp_path / "a.png", tmp_path / "b.png", "--query", "red circle")
+    assert code == 1
+    assert results is None
+    assert not (tmp_path / "out").exists()
+    errors = capsys.readouterr().err
+    assert "a.png" in errors
+    assert "b.png" in errors
+
+
+def test_unusable_model_gives_one_line(tmp_path, capsys):
+    code, results = run(tmp_path / "out", "--model", str(tmp_path))
+    assert code == 1
+    assert results is None
+    assert f"{tmp_path} lacks config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["picture.png"], "--query is needed"),
+        (["--query", " "], "--query: got an empty text"),
+        (["--task", "segment"], "invalid choice: 'segment'"),
+        (["--batch-size", "0"], "got '0', expected a whole number"),
+        (["--out", __file__], "is a file, expected a folder"),
+    ],
+)
+def test_usage_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_is_quick_and_needs_no_clone_as_working_folder(tmp_path):
+    command = [sys.executable, "-X", "importtime", str(PROJECT / "locate.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "--query" in done.stdout
+    assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())
+
+
+def test_foreign_code_is_assembled_once_and_ours_is_loaded_as_it_is(tmp_path, cache):
+    first = loadable(str(locate.DEMO_MODEL))
+    assert Path(first).is_relative_to(cache)
+    assert loadable(str(locate.DEMO_MODEL)) == first
+    built = assemble(locate.DEMO_MODEL, tmp_path / "built")
+    assert loadable(str(built)) == str(built)
+
+
+def test_changed_base_is_assembled_anew(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in locate.DEMO_MODEL.iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    first = loadable(str(base))
+    config = (base / "config.json").read_text(encoding="utf-8")
+    (base / "config.json").write_text(config.replace('"magi"', '"eager"'), encoding="utf-8")
+    second = loadable(str(base))
+    assert second != first
+    assert '"eager"' in (Path(second) / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30, 900), (84, 84), (5000, 700)])
+@pytest.mark.parametrize("background", ["black", "white", "red"])
+def test_drawing_fits_any_picture(size, background):
+    width, height = size
+    found = [
+        Detection("red circle", (0.0, 0.0, width / 2, height / 2)),
+        Detection("a label much longer than the picture is wide " * 9, (0.0, 0.0, float(width), float(height))),
+        Detection("two\nlines", (width * 0.9, height * 0.9, width * 0.1, height * 0.1)),
+        Detection("red circle", (width / 2, height / 2)),
+        Detection("", (float(width), float(height))),
+    ]
+    plain = Image.new("RGB", size, background)
+    colours = {}
+    drawn = draw(plain, found, colours)
+    assert drawn.width / width == drawn.height / height == drawn.width // width
+    assert len(set(colours.values())) == len(colours) == 4
+    assert plain.getcolors() == [(width * height, plain.getpixel((0, 0)))]
+    shades = {colour for _, colour in drawn.getcolors(maxcolors=drawn.width * drawn.height)}
+    assert colours["red circle"] in shades
+    assert len(shades) > 2
+
+
+def test_text_task_needs_no_query(tmp_path, monkeypatch):
+    asked = []
+
+    def answer(_self, rows, _mode, _limit):
+        asked.extend(row.question for row in rows)
+        return [{"text": "", "detections": []} for _ in rows]
+
+    monkeypatch.setattr(Locator, "check", lambda *_: None)
+    monkeypatch.setattr(Locator, "__call__", answer)
+    code, results = run(tmp_path, PICTURES / POINT[0], "--task", "text")
+    assert code == 0
+    assert asked == ["Detect all the text in box format."]
+    assert results["images"][0]["answers"][0]["query"] == ""
+
+
+def test_many_labels_keep_apart_in_colour():
+    found = [Detection(str(number), (1.0, 1.0)) for number in range(40)]
+    colours = {}
+    draw(Image.new("RGB", (400, 400)), found, colours)
+    assert len(set(colours.values())) == 40
+
+
+def test_file_names_do_not_collide():
+    taken = set()
+    encoded = "data:image/png;base64," + base64.b64encode(b"x").decode()
+    sources = ["a/photo.jpg", "b/photo.png", "https://host/x/photo.webp?size=big", encoded, "dir/"]
+    names = [locate._file_name(source, taken) for source in sources]
+    assert names == ["photo.png", "photo-2.png", "photo-3.png", "image.png", "dir.png"]
+
+
+def test_table_has_a_line_for_everything():
+    picture = locate.Picture("p.png", "p.png", Image.new("RGB", (1, 1)), (1, 1))
+    picture.rows = [
+        {"query": "q", "detections": [Detection("l", (1.0, 2.0, 3.0, 4.06)), Detection("m", (5.0, 6.0))]},
+        {"query": "absent", "detections": []},
+    ]
+    lines = [line.split("  ") for line in table([picture]).splitlines()]
+    cells = [[cell.strip() for cell in line if cell] for line in lines]
+    assert cells[0] == ["image", "query", "label", "pixels"]
+    assert cells[2] == ["p.png", "q", "l", "box 1.0, 2.0, 3.0, 4.1"]
+    assert cells[3] == ["p.png", "q", "m", "point 5.0, 6.0"]
+    assert cells[4] == ["p.png", "absent", "-", "nothing found"]
