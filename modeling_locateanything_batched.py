@@ -225,10 +225,13 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
 
     @staticmethod
     def _place_of(module: nn.Module) -> torch.device:
-        """Where a module runs; accelerate's offloaded ones say it by their hook."""
-        hook = getattr(module, "_hf_hook", None)
-        place = getattr(hook, "execution_device", None)
-        return next(module.parameters()).device if place is None else torch.device(place)
+        """Where a module runs; if accelerate has offloaded its weights, the hooks on its parts say it."""
+        place = next(module.parameters()).device
+        if place.type == "meta":
+            hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+            places = (getattr(hook, "execution_device", None) for hook in hooks)
+            place = torch.device(next(place for place in places if place is not None))
+        return place
 
 
 class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditionalGeneration):
@@ -336,6 +339,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         )
         features = PromptFeatures(self, prompts, pixel_values, image_grid_hws, visual_features)
         criteria = self._get_stopping_criteria(call.config, stopping_criteria or StoppingCriteriaList(), tokenizer)
+        # only now, for processors that hold the end back (min_new_tokens): ends are the loop's business, not criteria's
+        call.config._eos_token_tensor = torch.tensor([self.config.token_roles.end, *call.stops], device=device)
 
         repeats = call.num_return_sequences
         generators = self._generators(generator, len(prompts.rows) * repeats)

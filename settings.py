@@ -106,7 +106,7 @@ def resolve(
         explicit = {name for name in _PER_ROW if name in per_row}
         settings.append(RowSettings(mode, _limit(own, prompt, length_cap, row), _recipe(own, explicit, stock_call)))
 
-    sequences = config.num_return_sequences or 1
+    sequences = 1 if config.num_return_sequences is None else config.num_return_sequences
     if not isinstance(sequences, int) or sequences < 1:
         raise ValueError(f"num_return_sequences={sequences!r}: expected a whole number of 1 or more.")
     stops = config.eos_token_id

@@ -36,6 +36,14 @@ def model_of(name: str):
     return LocateAnythingBatchedForConditionalGeneration.from_pretrained(CHECKPOINTS[name]).eval()
 
 
+@functools.lru_cache
+def tokenizer_of(name: str):
+    """The checkpoint's tokenizer; not by AutoTokenizer, which would ask for the code that config.json names."""
+    from transformers import Qwen2TokenizerFast
+
+    return Qwen2TokenizerFast.from_pretrained(CHECKPOINTS[name])
+
+
 @functools.lru_cache(maxsize=None)
 def pixels_of(name: str, image: str):
     """(pixel_values, (rows, columns)) of a golden picture."""

@@ -1,0 +1,424 @@
+"""generate's contract: transformers' arguments, results and callbacks, and clear errors before heavy work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
+from transformers.utils import ModelOutput
+
+from tests.conftest import Batch, cases_of, pixels_of, tokenizer_of
+
+
+def greedy(mode: str, count: int, **wanted) -> list[dict]:
+    """Golden cases without any recipe, that ended by themselves."""
+    cases = [
+        case
+        for case in cases_of("shapes")
+        if case["generation_mode"] == mode and case["max_new_tokens"] == 256 and "repetition_penalty" not in case
+        if "seed" not in case and all(case[key] == value for key, value in wanted.items())
+        if 15 < case["num_tokens"] < 100
+    ]
+    assert len(cases) >= count
+    return cases[:count]
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return Batch("shapes", greedy("hybrid", 4))
+
+
+@pytest.fixture
+def lone() -> Batch:
+    return Batch("shapes", greedy("slow", 1))
+
+
+# ---- results
+
+
+def test_the_default_is_greedy_hybrid_ids(batch):
+    output = batch.model.generate(**batch.inputs)
+    assert isinstance(output, torch.Tensor) and output.dtype == torch.long
+    assert torch.equal(output[:, : batch.input_ids.shape[1]], batch.input_ids)
+    assert batch.answers(output) == batch.expected()
+    assert output.shape[1] == batch.input_ids.shape[1] + max(len(ids) for ids in batch.expected())
+
+
+def test_a_dict_holds_sequences_and_forwards(batch):
+    output = batch.model.generate(**batch.inputs, return_dict_in_generate=True)
+    assert isinstance(output, ModelOutput)
+    assert output.row_forwards.dtype == torch.long
+    assert output.row_forwards.tolist() == [case["forward_step"] for case in batch.cases]
+    assert torch.equal(output[0], output.sequences)
+
+
+def test_inputs_may_come_first(batch):
+    rest = {name: value for name, value in batch.inputs.items() if name != "input_ids"}
+    assert batch.answers(batch.model.generate(batch.input_ids, **rest)) == batch.expected()
+
+
+def test_padding_is_found_without_a_mask(batch):
+    rest = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
+    assert batch.answers(batch.model.generate(**rest)) == batch.expected()
+
+
+def test_pad_token_id(batch):
+    output = batch.model.generate(**batch.inputs, pad_token_id=7)
+    width = batch.input_ids.shape[1]
+    for row, case in zip(output.tolist(), batch.cases, strict=True):
+        assert set(row[width + len(case["output_ids"]) :]) <= {7}
+    assert 7 in output[:, width:]
+
+
+def test_grids_may_be_numpy_and_masks_bool(batch):
+    batch.inputs["image_grid_hws"] = batch.inputs["image_grid_hws"].numpy()
+    batch.inputs["attention_mask"] = batch.attention_mask.bool()
+    assert batch.answers(batch.model.generate(**batch.inputs)) == batch.expected()
+
+
+def test_pixels_may_be_a_list(batch):
+    images = [pixels_of("shapes", image)[0] for case in batch.cases for image in case["images"]]
+    batch.inputs["pixel_values"] = images
+    assert batch.answers(batch.model.generate(**batch.inputs)) == batch.expected()
+
+
+def test_visual_features_instead_of_pixels(batch):
+    model, inputs = batch.model, dict(batch.inputs)
+    pixels, grids = inputs.pop("pixel_values"), inputs.pop("image_grid_hws")
+    features = model.extract_feature(pixels, grids)
+    assert features[0].shape[1] == 4 * model.config.vision_config.hidden_size
+    assert batch.answers(model.generate(**inputs, visual_features=features)) == batch.expected()
+    projected = torch.cat(model.get_image_features(pixels, grids))
+    assert batch.answers(model.generate(**inputs, visual_features=projected)) == batch.expected()
+    # scripts for the stock pass pixels along, which it does not look at either
+    unused = {"pixel_values": torch.zeros(1), "image_grid_hws": torch.tensor([[1, 1]])}
+    assert batch.answers(model.generate(**inputs, visual_features=features, **unused)) == batch.expected()
+
+
+def test_a_prompt_without_images(shapes):
+    output = shapes.generate(input_ids=torch.tensor([[419, 354, 198, 297, 325]]), max_new_tokens=6)
+    assert 6 <= output.shape[1] <= 5 + 11
+
+
+# ---- limits and ends
+
+
+def test_max_new_tokens_and_the_windows_overshoot(lone):
+    for limit in (1, 2, 7):
+        slow = lone.model.generate(**lone.inputs, generation_mode="slow", max_new_tokens=limit)
+        assert slow.shape[1] == lone.input_ids.shape[1] + limit
+        fast = lone.model.generate(**lone.inputs, generation_mode="fast", max_new_tokens=limit)
+        assert limit <= fast.shape[1] - lone.input_ids.shape[1] <= limit + 5
+
+
+def test_max_length_counts_a_rows_own_tokens():
+    cases = [case for case in greedy("slow", 10) if case["num_tokens"] > 12]
+    cases = [cases[0], max(cases, key=lambda case: len(case["input_ids"]))]
+    lengths = [len(case["input_ids"]) for case in cases]
+    batch = Batch("shapes", cases, extra_padding=4)
+    limits = [length + new for length, new in zip(lengths, (3, 9), strict=True)]
+    output = batch.model.generate(**batch.inputs, generation_mode="slow", max_length=limits)
+    new = output[:, batch.input_ids.shape[1] :].tolist()
+    assert new[0][:3] == cases[0]["output_ids"][:3] and set(new[0][3:]) == {batch.model.config.pad_token_id}
+    assert new[1] == cases[1]["output_ids"][:9]
+
+
+def test_eos_token_id_adds_ends(batch):
+    end_of_box = batch.model.config.box_end_token_id
+    for mode in ("hybrid", "fast", "slow"):
+        cases = greedy(mode, 3)
+        batch = Batch("shapes", cases)
+        for eos in (end_of_box, [end_of_box, 3], torch.tensor([end_of_box])):
+            new = batch.model.generate(**batch.inputs, generation_mode=mode, eos_token_id=eos)
+            for row, case in zip(new[:, batch.input_ids.shape[1] :].tolist(), cases, strict=True):
+                upto = case["output_ids"].index(end_of_box) + 1
+                assert row[:upto] == case["output_ids"][:upto]
+                assert set(row[upto:]) <= {batch.model.config.pad_token_id}
+
+
+def test_naming_the_models_own_end_changes_nothing(batch):
+    end = batch.model.config.text_config.eos_token_id
+    assert batch.answers(batch.model.generate(**batch.inputs, eos_token_id=end)) == batch.expected()
+
+
+# ---- settings from a GenerationConfig
+
+
+def test_a_generation_config_speaks_and_arguments_overrule_it(lone):
+    config = GenerationConfig(max_new_tokens=5, return_dict_in_generate=True)
+    output = lone.model.generate(**lone.inputs, generation_config=config, generation_mode="slow")
+    assert output.sequences.shape[1] == lone.input_ids.shape[1] + 5
+    output = lone.model.generate(**lone.inputs, generation_config=config, generation_mode="slow", max_new_tokens=3)
+    assert output.sequences.shape[1] == lone.input_ids.shape[1] + 3
+    assert config.max_new_tokens == 5, "the caller's config is not written to"
+
+
+def test_the_models_generation_config_speaks(lone):
+    default = lone.model.generation_config
+    try:
+        lone.model.generation_config = GenerationConfig(max_new_tokens=4)
+        output = lone.model.generate(**lone.inputs, generation_mode="slow")
+    finally:
+        lone.model.generation_config = default
+    assert output.shape[1] == lone.input_ids.shape[1] + 4
+
+
+def sampled(**recipe) -> dict:
+    return next(case for case in cases_of("shapes") if all(case.get(key) == value for key, value in recipe.items()))
+
+
+@pytest.mark.parametrize("recipe", [{"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_k": 50}])
+def test_sampling_settings_by_argument_and_by_config(recipe):
+    case = sampled(**recipe)
+    batch = Batch("shapes", [case])
+    recipe = {**recipe, "repetition_penalty": case.get("repetition_penalty", 1.0)}
+    settings = {"generation_mode": case["generation_mode"]}
+    config = GenerationConfig(do_sample=True, max_new_tokens=case["max_new_tokens"], **recipe)
+    for way in ({"generation_config": config}, {"do_sample": True, **recipe}, recipe):
+        torch.manual_seed(case["seed"])
+        output = batch.model.generate(
+            **batch.inputs, **settings, **{"max_new_tokens": case["max_new_tokens"], **way}
+        )
+        assert batch.answers(output) == batch.expected()
+
+
+def test_do_sample_false_is_greedy_whatever_the_temperature(batch):
+    output = batch.model.generate(**batch.inputs, do_sample=False, temperature=0.9, top_p=0.5, top_k=3)
+    assert batch.answers(output) == batch.expected()
+
+
+def test_do_sample_alone_samples_at_temperature_one(lone):
+    settings = {"generation_mode": "slow", "max_new_tokens": 30}
+    one = lone.model.generate(**lone.inputs, do_sample=True, generator=torch.Generator().manual_seed(1), **settings)
+    two = lone.model.generate(**lone.inputs, temperature=1.0, generator=torch.Generator().manual_seed(1), **settings)
+    assert torch.equal(one, two)
+
+
+def test_num_return_sequences_repeats_rows():
+    cases = [case for case in cases_of("shapes") if case.get("temperature") == 1.3 and len(case["images"]) == 2][:2]
+    batch = Batch("shapes", cases)
+    seeds = [1, 2, 3, 4]
+    output = batch.model.generate(
+        **batch.inputs, temperature=1.3, num_return_sequences=2, max_new_tokens=20,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    )  # fmt: skip
+    assert output.shape[0] == 4
+    assert torch.equal(output[:, : batch.input_ids.shape[1]], batch.input_ids.repeat_interleave(2, 0))
+    for row, seed in enumerate(seeds):
+        single = Batch("shapes", [cases[row // 2]])
+        own = single.model.generate(
+            **single.inputs, temperature=1.3, max_new_tokens=20, generator=torch.Generator().manual_seed(seed)
+        )
+        new = own[0, single.input_ids.shape[1] :]
+        assert torch.equal(output[row, batch.input_ids.shape[1] :][: len(new)], new)
+
+
+def test_other_processors_of_the_config_work(batch):
+    banned = batch.cases[0]["output_ids"][1]
+    output = batch.model.generate(**batch.inputs, suppress_tokens=[banned], max_new_tokens=30)
+    assert banned not in output[:, batch.input_ids.shape[1] :]
+    longer = batch.model.generate(**batch.inputs, generation_mode="slow", min_new_tokens=40, max_new_tokens=60)
+    end = batch.model.config.text_config.eos_token_id
+    new = longer[:, batch.input_ids.shape[1] :]
+    assert new.shape[1] >= 40 and all(end not in row[:39] for row in new.tolist())
+
+
+# ---- callbacks
+
+
+class Recorder(LogitsProcessor):
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, input_ids, scores):
+        assert scores.dim() == 2 and input_ids.dim() == 2 and len(input_ids) == len(scores)
+        assert scores.dtype == torch.float32
+        self.calls.append(input_ids.tolist())
+        return scores
+
+
+def test_a_processor_sees_each_rows_committed_tokens():
+    cases = [greedy("hybrid", 1, switch_to_ar=1)[0], greedy("slow", 1)[0], greedy("fast", 1)[0]]
+    batch = Batch("shapes", cases, extra_padding=3)
+    recorder = Recorder()
+    modes = [case["generation_mode"] for case in cases]
+    output = batch.model.generate(**batch.inputs, generation_mode=modes, logits_processor=[recorder])
+    assert batch.answers(output) == batch.expected()
+    assert len(recorder.calls) == sum(case["forward_step"] for case in cases)
+    whole = [case["input_ids"] + case["output_ids"] for case in cases]
+    for ids in recorder.calls:
+        assert len(ids) in (1, 6)
+        assert all(row == ids[0] for row in ids)
+        assert any(ids[0] == row[: len(ids[0])] for row in whole), "padding or another row's tokens"
+
+
+def test_a_processor_changes_what_is_chosen(batch):
+    class Forbid(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, batch.model.config.ref_start_token_id] = -float("inf")
+            return scores
+
+    output = batch.model.generate(**batch.inputs, logits_processor=[Forbid()], max_new_tokens=20)
+    assert batch.model.config.ref_start_token_id not in output[:, batch.input_ids.shape[1] :]
+
+
+class StopAfter(StoppingCriteria):
+    def __init__(self, token):
+        self.token, self.lengths = token, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.lengths.append(input_ids.shape[1])
+        return input_ids[:, -1] == self.token
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "fast", "slow"])
+def test_criteria_stop_a_row_at_the_very_token(mode):
+    cases = greedy(mode, 3)
+    batch = Batch("shapes", cases)
+    token = cases[0]["output_ids"][7]
+    output = batch.model.generate(**batch.inputs, generation_mode=mode, stopping_criteria=[StopAfter(token)])
+    for row, case in zip(output[:, batch.input_ids.shape[1] :].tolist(), cases, strict=True):
+        ids = case["output_ids"]
+        upto = ids.index(token) + 1 if token in ids else len(ids)
+        assert row[:upto] == ids[:upto] and set(row[upto:]) <= {batch.model.config.pad_token_id}
+
+
+def test_stop_strings_and_max_time(batch):
+    tokenizer = tokenizer_of("shapes")
+    texts = batch.model.generate(**batch.inputs, tokenizer=tokenizer, stop_strings=["</box>"])
+    assert texts == [case["output"][: case["output"].index("</box>") + 6] for case in batch.cases]
+    with pytest.raises(ValueError, match="tokenizer"):
+        batch.model.generate(**batch.inputs, stop_strings=["</box>"])
+    short = batch.model.generate(**batch.inputs, generation_mode="slow", max_time=0.0)
+    assert short.shape[1] == batch.input_ids.shape[1] + 1
+
+
+class Listener:
+    def __init__(self):
+        self.pieces, self.ended = [], False
+
+    def put(self, value):
+        self.pieces.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_follows_one_row(lone, batch):
+    listener = Listener()
+    output = lone.model.generate(**lone.inputs, generation_mode="slow", streamer=listener)
+    assert listener.ended and listener.pieces[0] == lone.cases[0]["input_ids"]
+    assert sum(listener.pieces[1:], []) == lone.expected()[0]
+    assert lone.answers(output) == lone.expected()
+    with pytest.raises(ValueError, match="one row; got 4"):
+        batch.model.generate(**batch.inputs, streamer=listener)
+
+
+def test_transformers_text_streamer(lone, capsys):
+    streamer = TextStreamer(tokenizer_of("shapes"), skip_prompt=True)
+    lone.model.generate(**lone.inputs, generation_mode="slow", streamer=streamer)
+    assert capsys.readouterr().out.strip() == lone.cases[0]["output"]
+
+
+# ---- errors, before anything heavy
+
+
+def changed(batch: Batch, **kwargs):
+    return {**batch.inputs, **kwargs}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"generation_mode": "turbo"}, "generation_mode='turbo'.*hybrid, fast, slow"),
+        ({"generation_mode": ["fast"]}, "generation_mode has 1 values for 4 rows"),
+        ({"temperature": [0.1, 0.2]}, "temperature has 2 values for 4 rows"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"top_p": -0.1}, "top_p=-0.1"),
+        ({"top_k": -2}, "top_k=-2"),
+        ({"num_beams": 4}, "num_beams=4"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_length": 10}, "row 0: its prompt has .* length limit of 10"),
+        ({"max_new_token": 5}, "unknown arguments: max_new_token. Did you mean 'max_new_tokens'"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"n_future_tokens": 4}, "n_future_tokens=4"),
+        ({"verbose": True}, "needs tokenizer="),
+        ({"output_scores": True}, "output_scores=True"),
+        ({"num_return_sequences": 0}, "num_return_sequences=0"),
+        ({"generator": [torch.Generator()]}, "generator has 1 generators for 4 rows"),
+        ({"max_batch_rows": 0}, "max_batch_rows=0"),
+        ({"input_ids": None}, "needs input_ids"),
+        ({"input_ids": torch.zeros(0, 5, dtype=torch.long), "attention_mask": None}, "an empty batch"),
+        ({"input_ids": torch.zeros(4, 0, dtype=torch.long), "attention_mask": None}, "an empty batch"),
+        ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"expected integers \[rows, length\]"),
+        ({"input_ids": torch.zeros(1, 5)}, "torch.float32"),
+        ({"input_ids": torch.tensor([[1, 1440]]), "attention_mask": None}, "the vocabulary has 1440"),
+        ({"attention_mask": torch.ones(4, 3)}, r"attention_mask is \[4, 3\]"),
+        ({"pixel_values": None, "image_grid_hws": None}, "row 0 has .* image slots, but its images give 0"),
+        ({"image_grid_hws": None}, "without image_grid_hws"),
+        ({"image_grid_hws": torch.tensor([[8, 10]])}, "make 80"),
+        ({"image_grid_hws": torch.tensor([[7, 10]])}, "image 0: a grid of 7×10"),
+        ({"image_grid_hws": torch.tensor([[2, 512]])}, "image 0: a grid of 2×512"),
+        ({"image_grid_hws": torch.tensor([8, 10])}, r"expected integers \[images, 2\]"),
+        ({"pixel_values": torch.zeros(80, 3, 16, 16)}, r"expected \[patches, 3, 14, 14\]"),
+    ],
+)
+def test_bad_arguments_are_named(batch, kwargs, message, monkeypatch):
+    def no_heavy_work(*args, **kwargs):
+        raise AssertionError("an image was encoded before the arguments were checked")
+
+    monkeypatch.setattr(batch.model.vision_model, "forward", no_heavy_work)
+    monkeypatch.setattr(batch.model.language_model.model, "forward", no_heavy_work)
+    with pytest.raises(ValueError, match=message):
+        batch.model.generate(**changed(batch, **kwargs))
+
+
+def test_padding_on_the_right_or_inside_is_refused(batch):
+    right = batch.attention_mask.flip(1)
+    inside = torch.ones_like(batch.attention_mask)
+    inside[1, 5] = 0
+    with pytest.raises(ValueError, match=r'on the right.*padding_side="left"'):
+        batch.model.generate(**changed(batch, attention_mask=right))
+    with pytest.raises(ValueError, match="row 1: attention_mask pads on the inside"):
+        batch.model.generate(**changed(batch, attention_mask=inside))
+    nothing = batch.attention_mask.clone()
+    nothing[2] = 0
+    with pytest.raises(ValueError, match="row 2: attention_mask is 0 everywhere"):
+        batch.model.generate(**changed(batch, attention_mask=nothing))
+
+
+def test_images_must_fill_the_slots_exactly():
+    cases = [greedy("hybrid", 1)[0], next(c for c in cases_of("shapes") if len(c["images"]) == 2)]
+    batch = Batch("shapes", cases)
+    images = [pixels_of("shapes", image) for case in cases for image in case["images"]]
+
+    def given(*numbers):
+        chosen = [images[number] for number in numbers]
+        return changed(
+            batch,
+            pixel_values=torch.cat([pixels for pixels, _ in chosen]),
+            image_grid_hws=torch.tensor([grid for _, grid in chosen]),
+        )
+
+    assert batch.answers(batch.model.generate(**given(0, 1, 2), **batch.settings, generator=batch.generators()))
+    with pytest.raises(ValueError, match="row 1 has"):
+        batch.model.generate(**given(0, 1))
+    with pytest.raises(ValueError, match="4 images give"):
+        batch.model.generate(**given(0, 1, 2, 2))
+    features = batch.model.get_image_features(batch.inputs["pixel_values"], batch.inputs["image_grid_hws"])
+    with pytest.raises(ValueError, match="visual_features give"):
+        batch.model.generate(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, visual_features=torch.cat(features)[1:]
+        )
+
+
+def test_a_prompt_that_ends_in_an_image_is_refused(batch):
+    slot = batch.model.config.image_token_index
+    with pytest.raises(ValueError, match="row 0: the prompt ends in an image slot"):
+        batch.model.generate(input_ids=torch.tensor([[5, slot]]))
+
+
+def test_a_prompt_over_the_models_length_is_refused(shapes):
+    with pytest.raises(ValueError, match="4096 tokens, at or over the length limit of 4096"):
+        shapes.generate(input_ids=torch.full((1, 4096), 5))
