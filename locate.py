@@ -28,7 +28,16 @@ from tqdm.auto import tqdm
 
 from grounding import TASKS, build_question
 from media import load_image
-from upload_to_hub import AssemblyError, assemble, fetch_base, is_drop_in, open_base, remote_code_files
+from upload_to_hub import (
+    AssemblyError,
+    assemble,
+    fetch_base,
+    fetch_checked,
+    is_drop_in,
+    open_base,
+    read_json,
+    remote_code_files,
+)
 
 PROJECT = Path(__file__).resolve().parent
 DEMO_MODEL = PROJECT / "demo" / "checkpoint"
@@ -96,7 +105,7 @@ class Locator:
     def folder(self) -> str:
         try:
             return loadable(self.name)
-        except (AssemblyError, OSError) as error:
+        except (OSError, ValueError) as error:
             raise ModelError(str(error)) from error
 
     @cached_property
@@ -196,9 +205,9 @@ def loadable(model: str) -> str:
     """
     folder = fetch_base(model, weights=False)
     config = folder / "config.json"
-    if config.is_file() and is_drop_in(json.loads(config.read_text(encoding="utf-8"))):
+    if config.is_file() and is_drop_in(read_json(config)):
         return model
-    folder = fetch_base(model)
+    folder = fetch_checked(model)
     digest = hashlib.sha256(str(folder).encode())
     for name in open_base(folder).sizes:
         state = (folder / name).stat()

@@ -121,6 +121,25 @@ def fetch_base(base: str | os.PathLike[str], revision: str | None = None, *, wei
         return Path(snapshot_download(str(base), revision=revision, ignore_patterns=ignored))
 
 
+def fetch_checked(base: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """`fetch_base` with weights, of a LocateAnything checkpoint only: known before gigabytes are downloaded.
+
+    Args:
+        base: folder or hub id.
+        revision: branch, tag or commit of the hub id.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AssemblyError: as `fetch_base`, or the checkpoint lacks a data file or is another model.
+    """
+    folder = fetch_base(base, revision, weights=False)
+    _check_data_files(open_base(folder))
+    # A snapshot is named by its commit, which stays although the branch may move meanwhile
+    return folder if Path(base).expanduser().is_dir() else fetch_base(base, folder.name)
+
+
 def assemble(
     base: str | os.PathLike[str],
     local_dir: str | os.PathLike[str],
@@ -148,12 +167,7 @@ def assemble(
         AssemblyError: the base lacks a file or is another model, or `local_dir` is in use; nothing was written.
     """
     target = _check_target(base, local_dir, overwrite)
-    folder = fetch_base(base, revision, weights=False)
-    if not Path(base).expanduser().is_dir():
-        # What is small is checked before gigabytes are downloaded, of the same commit though the branch may move
-        _check_data_files(open_base(folder))
-        folder = fetch_base(base, folder.name)
-    steps = plan(open_base(folder), weights)
+    steps = plan(open_base(fetch_checked(base, revision)), weights)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     # A sibling, so that the last rename stays within one file system
@@ -337,7 +351,7 @@ def _check_data_files(base: Base) -> None:
         raise AssemblyError(f"base: {base.folder} lacks {', '.join(missing)}")
     for name in (*AUTO_MAPS, "tokenizer_config.json"):
         if name in base.sizes:
-            data = _read_json(base.folder / name)
+            data = read_json(base.folder / name)
             if name == "config.json" and data.get("model_type") != "locateanything":
                 raise AssemblyError(
                     f"base: {base.folder} has model_type {data.get('model_type')!r}, expected 'locateanything'"
@@ -349,7 +363,7 @@ def _check_weights(base: Base) -> None:
     if "model.safetensors" in base.sizes:
         needed = {"model.safetensors"}
     elif index.name in base.sizes:
-        needed = set(_read_json(index).get("weight_map", {}).values())
+        needed = set(read_json(index).get("weight_map", {}).values())
     else:
         raise AssemblyError(f"base: {base.folder} lacks its weights: model.safetensors or {index.name}")
     if missing := sorted(needed - set(base.sizes)):
@@ -362,7 +376,18 @@ def _check_weights(base: Base) -> None:
                     raise AssemblyError(f"base: {base.folder / name} is a Git LFS pointer; run `git lfs pull` there")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of a checkpoint holds.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its keys and values.
+
+    Raises:
+        AssemblyError: the file holds something else.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

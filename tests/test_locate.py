@@ -131,11 +131,20 @@ def test_all_pictures_bad_loads_no_model(tmp_path, monkeypatch, capsys):
     assert "b.png" in errors
 
 
-def test_unusable_model_gives_one_line(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(None, "lacks config.json"), ("{", "is not JSON"), ('{"model_type": "qwen2"}', "lacks preprocessor_config.json")],
+)
+def test_unusable_model_gives_one_line(tmp_path, capsys, config, message):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config, encoding="utf-8")
     code, results = run(tmp_path / "out", "--model", str(tmp_path))
     assert code == 1
     assert results is None
-    assert f"{tmp_path} lacks config.json" in capsys.readouterr().err
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "image" not in errors[0]
 
 
 @pytest.mark.parametrize(
