@@ -118,8 +118,8 @@ class LocateAnythingConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vision_config: MoonViTConfig | dict[str, Any] | None = None,
-        text_config: Qwen2Config | dict[str, Any] | None = None,
+        vision_config: Any = None,
+        text_config: Any = None,
         image_token_index: int = 151665,
         box_start_token_id: int = 151668,
         box_end_token_id: int = 151669,
@@ -143,8 +143,8 @@ class LocateAnythingConfig(PretrainedConfig):
         if mlp_connector_layers != 2:
             raise ValueError(f"mlp_connector_layers={mlp_connector_layers}: the projector of this model has 2 layers.")
 
-        self.vision_config = vision_config
-        self.text_config = text_config
+        self.vision_config: MoonViTConfig = vision_config
+        self.text_config: Qwen2Config = text_config
         self.image_token_index = image_token_index
         self.box_start_token_id = box_start_token_id
         self.box_end_token_id = box_end_token_id

@@ -35,12 +35,12 @@ _NO_COORDINATE = 0  # hybrid: what an ambiguous coordinate becomes, so that §4'
 class Acceptance(NamedTuple):
     """What one step adds to each of R rows.
 
-    tokens: `[R, 6]` long, the first `count` of a row are accepted. count: `[R]` long, 1…6.
+    tokens: `[R, 6]` long, of which a row accepts the first `lengths`. lengths: `[R]` long, 1…6.
     autoregressive: `[R]` bool, the row's next step is an AR step. finished: `[R]` bool.
     """
 
     tokens: torch.Tensor
-    count: torch.Tensor
+    lengths: torch.Tensor
     autoregressive: torch.Tensor
     finished: torch.Tensor
 
@@ -55,7 +55,7 @@ class StockTopPLogitsWarper(LogitsProcessor):
     def __init__(self, top_p: float):
         self.top_p = top_p
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         ordered, order = scores.sort(dim=-1, descending=True)
         mass = ordered.softmax(dim=-1).cumsum(dim=-1)
         dropped = torch.zeros_like(mass, dtype=torch.bool)
@@ -153,7 +153,9 @@ def _box(p: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) -> tuple[torc
     chosen = chosen.masked_fill(ambiguous, _NO_COORDINATE)
 
     rows = p.shape[0]
-    tokens = torch.cat([chosen.new_full((rows, 1), roles.box_start), chosen, chosen.new_full((rows, 1), roles.box_end)], 1)
+    tokens = torch.cat(
+        [chosen.new_full((rows, 1), roles.box_start), chosen, chosen.new_full((rows, 1), roles.box_end)], 1
+    )
     return tokens, ends & coordinate.any(-1).all(-1)
 
 

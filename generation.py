@@ -150,8 +150,10 @@ class GenerationLoop:
         """Finished rows leave; waiting rows take their slots; without any, the last active row closes the gap."""
         entering: dict[int, Row] = {}
         for slot in reversed(range(len(self.active))):
-            if not self.active[slot].done:
+            row = self.active[slot]
+            if not row.done:
                 continue
+            self.cache.clear(slot, row.cached + 2 * WINDOW)
             if self.waiting:
                 self.active[slot] = entering[slot] = self.waiting.popleft()
             else:
@@ -293,13 +295,13 @@ class GenerationLoop:
         rows = len(self.active)
         column = torch.arange(WINDOW, device=self.device)
         tokens, committed = self.tokens[:rows], self.committed[:rows]
-        kept = torch.where(column < accepted.count[:, None], accepted.tokens, tokens[:, :1])
+        kept = torch.where(column < accepted.lengths[:, None], accepted.tokens, tokens[:, :1])
         tokens.scatter_(1, committed[:, None] + column, kept)
         self.cached[:rows] = committed
-        committed += accepted.count
+        committed += accepted.lengths
         self.autoregressive[:rows] = accepted.autoregressive
 
-        flags = torch.stack([accepted.count, accepted.autoregressive.long(), accepted.finished.long()], 1)
+        flags = torch.stack([accepted.lengths, accepted.autoregressive.long(), accepted.finished.long()], 1)
         for row, line in zip(self.active, torch.cat([accepted.tokens, flags], 1).tolist(), strict=True):
             count, autoregressive, finished = line[WINDOW:]
             self.extend(row, line[:count], bool(autoregressive), bool(finished))

@@ -77,12 +77,11 @@ class SlotKVCache(Cache):
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
 
-    def clear(self, slot: int) -> None:
-        """Zeroes a slot, so that nothing of its last row can reach the next one."""
+    def clear(self, slot: int, length: int) -> None:
+        """Zeroes the first `length` places of a slot, so that nothing of its last row, NaN say, reaches the next."""
         for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys[slot].zero_()
-                layer.values[slot].zero_()
+            layer.keys[slot, :, :length] = 0
+            layer.values[slot, :, :length] = 0
 
 
 @dataclass
@@ -128,9 +127,7 @@ class PrefillStep:
         for stretch in self.stretches:
             span = slice(start, start + stretch.length)
             end = stretch.cached + stretch.length
-            k, v = (
-                x[stretch.slot, :, :end].unsqueeze(1).expand(-1, grouped.shape[1], -1, -1) for x in (keys, values)
-            )
+            k, v = (x[stretch.slot, :, :end].unsqueeze(1).expand(-1, grouped.shape[1], -1, -1) for x in (keys, values))
             mask = None
             if stretch.cached:
                 reach = torch.arange(stretch.cached, end, device=query.device)

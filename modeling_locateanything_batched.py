@@ -53,8 +53,8 @@ class LocateAnythingGenerateOutput(ModelOutput):
         row_forwards: `[rows]` long, the decoding forwards each row took part in (the stock's `forward_step`).
     """
 
-    sequences: torch.LongTensor | None = None
-    row_forwards: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
+    row_forwards: torch.Tensor | None = None
 
 
 class LocateAnythingPreTrainedModel(PreTrainedModel):
@@ -119,7 +119,7 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
     # ---- images
 
     def extract_feature(
-        self, pixel_values: torch.Tensor, image_grid_hws: torch.Tensor | np.ndarray
+        self, pixel_values: torch.Tensor, image_grid_hws: torch.Tensor | np.ndarray | None
     ) -> list[torch.Tensor]:
         """The vision tower's features, which `generate(visual_features=…)` takes to reuse them across calls.
 
@@ -153,7 +153,7 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         return list(self.mlp1(torch.cat(features)).split([len(feature) for feature in features]))
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_grid_hws: torch.Tensor | np.ndarray
+        self, pixel_values: torch.Tensor, image_grid_hws: torch.Tensor | np.ndarray | None
     ) -> list[torch.Tensor]:
         """Per image `[tokens, hidden]`, ready for the decoder's image slots."""
         return self.project(self.extract_feature(pixel_values, image_grid_hws))
@@ -171,15 +171,15 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_hws: torch.Tensor | np.ndarray | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
         visual_features: list[torch.Tensor] | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -260,13 +260,13 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
         *,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_hws: torch.Tensor | np.ndarray | None = None,
@@ -280,7 +280,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         use_cache: bool = True,
         n_future_tokens: int = WINDOW,
         **kwargs: Any,
-    ) -> torch.LongTensor | LocateAnythingGenerateOutput | str | list[str] | tuple:
+    ) -> torch.Tensor | LocateAnythingGenerateOutput | str | list[str] | tuple:
         """Answers a batch of prompts; each row as the stock model would answer it alone.
 
         Args:
@@ -390,11 +390,13 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         if generator is None or isinstance(generator, torch.Generator):
             return [None] * rows
         if len(generator) != rows:
-            raise ValueError(f"generator has {len(generator)} generators for {rows} rows; expected one or one per row.")
+            raise ValueError(
+                f"generator has {len(generator)} generators for {rows} rows; expected one or one per row."
+            )
         return list(generator)
 
     @staticmethod
-    def _as_sequences(rows: list[Row], prompts: Prompts, repeats: int, pad_token_id: int) -> torch.LongTensor:
+    def _as_sequences(rows: list[Row], prompts: Prompts, repeats: int, pad_token_id: int) -> torch.Tensor:
         width = max(len(row.answer) for row in rows)
         answers = torch.tensor(
             [row.answer + [pad_token_id] * (width - len(row.answer)) for row in rows],

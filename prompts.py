@@ -18,7 +18,7 @@ from .configuration import LocateAnythingConfig, MoonViTConfig
 class Prompts:
     """rows: each row's tokens without padding. slots: image slots of each row. input_ids: `[rows, L]` as they came."""
 
-    input_ids: torch.LongTensor
+    input_ids: torch.Tensor
     rows: list[list[int]]
     slots: list[int]
 

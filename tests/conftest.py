@@ -44,12 +44,11 @@ def tokenizer_of(name: str):
     return Qwen2TokenizerFast.from_pretrained(CHECKPOINTS[name])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def pixels_of(name: str, image: str):
     """(pixel_values, (rows, columns)) of a golden picture."""
-    from locateanything.processing import LocateAnythingImageProcessor
-
     from locateanything.media import load_image
+    from locateanything.processing import LocateAnythingImageProcessor
 
     processor = LocateAnythingImageProcessor.from_pretrained(CHECKPOINTS[name])
     out = processor.preprocess([load_image(GOLDENS / name / "images" / image)], return_tensors="pt")

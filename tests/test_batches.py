@@ -44,7 +44,7 @@ def run(name: str, rows: list[dict], **kwargs) -> list[tuple[list[int], int]]:
     return list(zip(new, output.row_forwards.tolist(), strict=True))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def alone(name: str, row: tuple) -> tuple[list[int], int]:
     return run(name, [dict(row)])[0]
 

@@ -193,7 +193,7 @@ def test_what_a_window_accepts(tokens, accepted, then, hybrid):
     # beside other rows, which must not matter
     batch = torch.tensor([[END, 1, 2, 3, 4, 5], tokens, [BOX, *C[:4], END_BOX]])
     result = accept_window(batch, torch.tensor([not hybrid, hybrid, hybrid]), ROLES)
-    got = result.tokens[1, : result.count[1]].tolist()
+    got = result.tokens[1, : result.lengths[1]].tolist()
     if then == "broken" and not hybrid:
         accepted, then = tokens, "mtp"
     assert got == accepted
@@ -219,16 +219,18 @@ def test_what_a_window_accepts(tokens, accepted, then, hybrid):
 )
 def test_what_follows_a_next_token(token, hybrid, autoregressive, finished):
     result = accept_next(torch.tensor([token]), torch.tensor([hybrid]), ROLES)
-    assert result.tokens[0, 0] == token and result.count[0] == 1
+    assert result.tokens[0, 0] == token and result.lengths[0] == 1
     assert result.autoregressive[0].item() == autoregressive
     assert result.finished[0].item() == finished
 
 
-@given(tokens=st.lists(st.sampled_from([BOX, END_BOX, REF, END_REF, NONE, NULL, END, 1, 2, *C]), min_size=6, max_size=6))
+@given(
+    tokens=st.lists(st.sampled_from([BOX, END_BOX, REF, END_REF, NONE, NULL, END, 1, 2, *C]), min_size=6, max_size=6)
+)
 def test_any_window_accepts_one_to_six_of_its_tokens(tokens):
     for hybrid in (True, False):
         result = accept_window(torch.tensor([tokens]), torch.tensor([hybrid]), ROLES)
-        count = int(result.count[0])
+        count = int(result.lengths[0])
         assert 1 <= count <= 6
         allowed = {*tokens, END, END_BOX}
         assert set(result.tokens[0, :count].tolist()) <= allowed

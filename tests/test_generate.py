@@ -176,9 +176,7 @@ def test_sampling_settings_by_argument_and_by_config(recipe):
     config = GenerationConfig(do_sample=True, max_new_tokens=case["max_new_tokens"], **recipe)
     for way in ({"generation_config": config}, {"do_sample": True, **recipe}, recipe):
         torch.manual_seed(case["seed"])
-        output = batch.model.generate(
-            **batch.inputs, **settings, **{"max_new_tokens": case["max_new_tokens"], **way}
-        )
+        output = batch.model.generate(**batch.inputs, **settings, **{"max_new_tokens": case["max_new_tokens"], **way})
         assert batch.answers(output) == batch.expected()
 
 
@@ -308,7 +306,7 @@ def test_a_streamer_follows_one_row(lone, batch):
     listener = Listener()
     output = lone.model.generate(**lone.inputs, generation_mode="slow", streamer=listener)
     assert listener.ended and listener.pieces[0] == lone.cases[0]["input_ids"]
-    assert sum(listener.pieces[1:], []) == lone.expected()[0]
+    assert [token for piece in listener.pieces[1:] for token in piece] == lone.expected()[0]
     assert lone.answers(output) == lone.expected()
     with pytest.raises(ValueError, match="one row; got 4"):
         batch.model.generate(**batch.inputs, streamer=listener)

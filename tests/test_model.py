@@ -61,7 +61,9 @@ def test_the_3b_config_has_the_published_tensors():
     assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("cls", [LocateAnythingForConditionalGeneration, LocateAnythingBatchedForConditionalGeneration])
+@pytest.mark.parametrize(
+    "cls", [LocateAnythingForConditionalGeneration, LocateAnythingBatchedForConditionalGeneration]
+)
 def test_the_official_format_loads_whole(golden, cls):
     model, info = cls.from_pretrained(CHECKPOINTS[golden], output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

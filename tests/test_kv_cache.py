@@ -1,0 +1,102 @@
+"""Slots, in-place writes, and who sees whom in a step."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from locateanything.kv_cache import KEY_BLOCK, DecodeStep, PrefillStep, SlotKVCache, Stretch
+
+ROW = st.tuples(st.integers(1, 40), st.integers(1, 6), st.booleans()).map(
+    lambda row: (row[0] + row[1], row[0], row[2])  # committed, cached, autoregressive
+)
+
+
+def step_of(rows) -> DecodeStep:
+    committed, cached, autoregressive = zip(*rows, strict=True)
+    return DecodeStep(
+        torch.tensor(committed),
+        torch.tensor(cached),
+        torch.tensor(autoregressive),
+        pending=max(n - c for n, c, _ in rows),
+        windows=not all(autoregressive),
+        longest=max(n + (0 if ar else 6) for n, _, ar in rows),
+    )
+
+
+@given(rows=st.lists(ROW, min_size=1, max_size=5))
+def test_a_step_is_decoding_md_2(rows):
+    """Positions, places and visibility, row by row, as decoding.md §2 and §5 say."""
+    step = step_of(rows)
+    fed = []  # (slot, position, place, visible keys, is mask)
+    for slot, (n, c, autoregressive) in enumerate(rows):
+        fed += [(slot, i, i, set(range(i + 1)), False) for i in range(c, n)]
+        if not autoregressive:
+            seen = set(range(n - 1)) | set(range(n, n + 6))
+            fed += [(slot, n - 1 + j, n + j, seen, j > 0) for j in range(6)]
+    assert step.slots.tolist() == [slot for slot, *_ in fed]
+    assert step.positions[0].tolist() == [position for _, position, *_ in fed]
+    assert step.offsets.tolist() == [place for _, _, place, *_ in fed]
+    assert step.masked.tolist() == [masked for *_, masked in fed]
+    visible = step.from_grid(step.visible)
+    assert visible.shape[-1] % KEY_BLOCK == 0
+    for keys, (_, _, _, seen, _) in zip(visible, fed, strict=True):
+        assert set(keys.nonzero().flatten().tolist()) == seen
+    assert step.visible.any(-1).all(), "a query that sees nothing would be NaN"
+
+    for slot, (n, c, autoregressive) in enumerate(rows):
+        last = step.last_index(torch.tensor([slot]), torch.tensor([n - c]))
+        assert fed[int(last)][:2] == (slot, n - 1) and not fed[int(last)][4]
+        if not autoregressive:
+            window = step.window_index(torch.tensor([slot]))[0].tolist()
+            assert [fed[place][:3] for place in window] == [(slot, n - 1 + j, n + j) for j in range(6)]
+
+
+@given(rows=st.lists(ROW, min_size=1, max_size=5))
+def test_grid_and_packed_are_inverse(rows):
+    step = step_of(rows)
+    packed = torch.randn(len(step.kept), 3)
+    grid = step.to_grid(packed)
+    assert grid.shape == (*step.shape, 3)
+    assert torch.equal(step.from_grid(grid), packed)
+    assert (grid != 0).any(-1).sum() == len(packed)
+
+
+def test_the_mask_repeats_for_each_query_head_of_a_key_head():
+    step = step_of([(9, 8, False), (12, 8, True)])
+    mask = step.mask(torch.float32, group=3)
+    rows, width = step.shape
+    assert mask.shape == (rows, 1, 3 * width, step.visible.shape[-1])
+    for head in range(3):
+        part = mask[:, 0, head * width : (head + 1) * width]
+        assert torch.equal(part == 0, step.visible) and torch.equal(part == -torch.inf, ~step.visible)
+
+
+def test_prefill_writes_where_its_stretches_say():
+    cache = SlotKVCache(layers=1, slots=3, capacity=20)
+    step = PrefillStep([Stretch(2, 0, 3), Stretch(0, 4, 2)], torch.device("cpu"))
+    assert step.positions.tolist() == [[0, 1, 2, 4, 5]]
+    key = torch.randn(1, 2, 5, 4)
+    keys, values = cache.update(key, -key, 0, step)
+    assert torch.equal(keys[2, :, :3], key[0, :, :3]) and torch.equal(keys[0, :, 4:6], key[0, :, 3:])
+    assert torch.equal(values, -keys) and (keys != 0).sum() == key.numel()
+
+    query = torch.randn(1, 6, 5, 4)  # three query heads a key head
+    pieces = list(step.pieces(query, keys, values))
+    assert [(span.start, span.stop) for span, *_ in pieces] == [(0, 3), (3, 5)]
+    assert pieces[0][4] is None
+    assert pieces[1][4].tolist() == [[True] * 5 + [False], [True] * 6]
+    assert pieces[1][2].shape == (2, 3, 6, 4) and pieces[1][2].stride(1) == 0, "expanded without a copy"
+
+
+def test_slots_move_and_clear():
+    cache = SlotKVCache(layers=2, slots=2, capacity=8)
+    for layer in range(2):
+        key = torch.randn(1, 1, 5, 4)
+        cache.update(key, key, layer, PrefillStep([Stretch(1, 0, 5)], torch.device("cpu")))
+    cache.move(1, 0, 4)
+    for layer in cache.layers:
+        assert torch.equal(layer.keys[0, :, :4], layer.keys[1, :, :4]) and not layer.keys[0, :, 4:].any()
+    cache.clear(1, 5)
+    assert not any(layer.keys[1].any() or layer.values[1].any() for layer in cache.layers)
