@@ -13,6 +13,7 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -20,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from .configuration import WINDOW, TokenRoles
 from .decoding import Acceptance, accept_next, accept_window, draw, stock_warpers, window_tokens
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, Stretch
+from .prefill import Entry, content_of, in_passes, plan
 from .settings import Recipe, RowSettings
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one whole prompt at least)
@@ -41,8 +43,14 @@ class DecoderModel(Protocol):
 class Features(Protocol):
     """Image features on demand, so that they are computed when their rows enter and freed after."""
 
-    def take(self, rows: list[int]) -> list[list[torch.Tensor]]:
-        """For each of these rows, the features `[tokens, hidden]` of its images in order."""
+    def layout(self, row: int) -> tuple[list[int], list[int]]:
+        """What a row's image slots show: the identity of each image, equal for equal images, and its tokens."""
+
+    def take(self, wanted: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """Features `[tokens, hidden]` of each (row, tokens to skip)'s images, in order."""
+
+    def release(self, row: int) -> None:
+        """A row has entered; features that no other row waits for may go."""
 
 
 @dataclass
@@ -123,7 +131,10 @@ class GenerationLoop:
         slots = min(slots, len(rows))
         capacity = max(row.room for row in rows)
         self.slots = slots
+        self.prefill_tokens = PREFILL_TOKENS
         self.cache = SlotKVCache(layers, slots, capacity + 1)
+        self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold
+        self.written = [0] * slots  # how far the last row of a slot wrote
         # Places behind a row's committed tokens repeat its first one, so that penalties see no token it lacks.
         self.tokens = torch.zeros(slots, capacity + 1, dtype=torch.long, device=device)
         self.committed = torch.zeros(slots, dtype=torch.long, device=device)
@@ -150,57 +161,71 @@ class GenerationLoop:
         """Finished rows leave; waiting rows take their slots; without any, the last active row closes the gap."""
         entering: dict[int, Row] = {}
         for slot in reversed(range(len(self.active))):
-            row = self.active[slot]
-            if not row.done:
+            if not self.active[slot].done:
                 continue
-            self.cache.clear(slot, row.cached + 2 * WINDOW)
+            self.written[slot] = self.active[slot].cached + WINDOW
             if self.waiting:
                 self.active[slot] = entering[slot] = self.waiting.popleft()
+                continue
+            last, place = self.active.pop(), len(self.active)
+            if slot == place:
+                continue
+            self.active[slot] = last
+            if place in entering:
+                entering[slot] = entering.pop(place)
             else:
-                last = self.active.pop()
-                if slot < len(self.active):
-                    self.active[slot] = last
-                    if len(self.active) in entering:
-                        entering[slot] = entering.pop(len(self.active))
-                    else:
-                        self.move(len(self.active), slot, last.cached)
+                self.move(place, slot)
         while self.waiting and len(self.active) < self.slots:
             entering[len(self.active)] = self.waiting[0]
             self.active.append(self.waiting.popleft())
         if entering:
-            self.prefill(dict(sorted(entering.items())))
+            self.enter(dict(sorted(entering.items())))
 
-    def move(self, source: int, target: int, length: int) -> None:
-        self.cache.move(source, target, length)
+    def move(self, source: int, target: int) -> None:
+        """The row of slot `source`, whose place is closed, goes on in slot `target`."""
+        row = self.active[target]
+        self.cache.move(source, target, row.cached)
+        self.cache.clear(target, row.cached, self.written[target])
+        self.residents[target] = self.residents.pop(source)
         for state in (self.tokens, self.committed, self.cached, self.autoregressive, self.hybrid):
             state[target] = state[source]
 
-    def prefill(self, entering: dict[int, Row]) -> None:
-        """Feeds the prompts of entering rows, but for their last tokens: those are pending in the first step."""
-        chunk: dict[int, Row] = {}
+    def enter(self, entering: dict[int, Row]) -> None:
+        """Caches all but the last token of entering rows; that one is pending in their first step."""
+        contents = {}
         for slot, row in entering.items():
-            if chunk and sum(len(r.prompt) for r in chunk.values()) + len(row.prompt) > PREFILL_TOKENS:
-                self.prefill_chunk(chunk)
-                chunk = {}
-            chunk[slot] = row
-        self.prefill_chunk(chunk)
-
-    def prefill_chunk(self, entering: dict[int, Row]) -> None:
-        features = self.features.take([row.index for row in entering.values()])
-        for slot, row in entering.items():
-            row.cached = len(row.prompt) - 1
-            self.tokens[slot] = row.prompt[0]
-            self.tokens[slot, : len(row.prompt)] = torch.tensor(row.prompt, device=self.device)
-            self.committed[slot] = len(row.prompt)
-            self.cached[slot] = row.cached
+            images, lengths = self.features.layout(row.index)
+            contents[slot] = content_of(row.tokens[:-1], self.roles.image, images, lengths)
+            self.tokens[slot] = row.tokens[0]
+            self.tokens[slot, : row.committed] = torch.tensor(row.tokens, device=self.device)
+            self.committed[slot], self.cached[slot] = row.committed, row.committed - 1
             self.autoregressive[slot] = row.autoregressive
             self.hybrid[slot] = row.settings.mode == "hybrid"
-        stretches = [Stretch(slot, 0, row.cached) for slot, row in entering.items() if row.cached]
-        if stretches:
-            step = PrefillStep(stretches, self.device)
-            ids = self.tokens[step.slots, step.offsets]
-            images = [feature for of_row in features for feature in of_row]
-            self.model.decode(self.model.embed_prompt(ids, images), step, self.cache)
+        for entries in plan(contents, self.residents):
+            for entry in entries:
+                kept = entry.shared if entry.donor == entry.slot else 0
+                self.cache.clear(entry.slot, kept, self.written[entry.slot])
+                if entry.shared > kept:
+                    self.cache.move(entry.donor, entry.slot, entry.shared)
+            for group in in_passes(entries, self.prefill_tokens):
+                self.prefill(group, contents)
+        for slot, row in entering.items():
+            row.cached = row.committed - 1
+            self.residents[slot] = contents[slot]
+            self.features.release(row.index)
+
+    def prefill(self, group: list[Entry], contents: dict[int, np.ndarray]) -> None:
+        """One packed pass over what of these rows' prompts is not shared."""
+        stretches = [Stretch(entry.slot, entry.shared, entry.length - entry.shared) for entry in group]
+        stretches = [stretch for stretch in stretches if stretch.length]
+        if not stretches:
+            return
+        # image slots before a stretch are cached already, and their features not needed
+        shown = [int((contents[stretch.slot][: stretch.cached] < 0).sum()) for stretch in stretches]
+        wanted = [(self.active[stretch.slot].index, skip) for stretch, skip in zip(stretches, shown, strict=True)]
+        step = PrefillStep(stretches, self.device)
+        ids = self.tokens[step.slots, step.offsets]
+        self.model.decode(self.model.embed_prompt(ids, self.features.take(wanted)), step, self.cache)
 
     # ---- one step
 

@@ -77,11 +77,11 @@ class SlotKVCache(Cache):
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
 
-    def clear(self, slot: int, length: int) -> None:
-        """Zeroes the first `length` places of a slot, so that nothing of its last row, NaN say, reaches the next."""
-        for layer in self.layers:
-            layer.keys[slot, :, :length] = 0
-            layer.values[slot, :, :length] = 0
+    def clear(self, slot: int, start: int, stop: int) -> None:
+        """Zeroes places of a slot, so that nothing of its last row, NaN say, reaches the next one."""
+        for layer in self.layers if start < stop else ():
+            layer.keys[slot, :, start:stop] = 0
+            layer.values[slot, :, start:stop] = 0
 
 
 @dataclass

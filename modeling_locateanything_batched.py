@@ -36,6 +36,7 @@ from .configuration import WINDOW, LocateAnythingConfig, MoonViTConfig
 from .decoding import Acceptance  # noqa: F401
 from .generation import GenerationLoop, Row
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
+from .prefill import Entry  # noqa: F401
 from .prompts import PromptFeatures, Prompts, read_grids, read_prompts
 from .settings import resolve
 from .vision import MoonViTModel

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -131,19 +133,20 @@ class PromptFeatures:
     ):
         self.model = model
         self.repeats = 1
-        self.features: Sequence[torch.Tensor] | None = None
+        self.given: list[torch.Tensor] | None = None
+        self.projected = False
         self.pixels: list[torch.Tensor] = []
         self.sizes: list[tuple[int, int]] = []
         vision = model.config.vision_config
         if isinstance(visual_features, torch.Tensor):
+            # one stretch of projected features: each row's part counts as one image
             if sum(prompts.slots) != len(visual_features):
                 _refuse_count(sum(prompts.slots), len(visual_features), "visual_features")
-            self.features = visual_features.split(prompts.slots)
-            self.images = [[row] if slots else [] for row, slots in enumerate(prompts.slots)]
-            return
-        if visual_features is not None:
-            self.features = list(visual_features)
-            tokens = [len(feature) for feature in self.features]
+            self.given, self.projected = list(visual_features.split([n for n in prompts.slots if n])), True
+            self.tokens = [len(feature) for feature in self.given]
+        elif visual_features is not None:
+            self.given = list(visual_features)
+            self.tokens = [len(feature) for feature in self.given]
         elif pixel_values is not None:
             if not isinstance(pixel_values, torch.Tensor):
                 pixel_values = torch.cat(list(pixel_values))
@@ -154,34 +157,73 @@ class PromptFeatures:
             self.sizes = read_grids(image_grid_hws, vision, len(pixel_values))
             self.pixels = list(pixel_values.split([height * width for height, width in self.sizes]))
             rows, columns = vision.merge_kernel_size
-            tokens = [height * width // (rows * columns) for height, width in self.sizes]
+            self.tokens = [height * width // (rows * columns) for height, width in self.sizes]
         else:
-            tokens = []
-        self.images = images_by_row(prompts.slots, tokens)
+            self.tokens = []
+        of_rows = images_by_row(prompts.slots, self.tokens)
+        same = first_equal(self.pixels if self.given is None else self.given)
+        self.images = [[same[image] for image in images] for images in of_rows]
+        self.waiting: Counter[int] = Counter()  # rows that have yet to enter, by image
+        self.encoded: dict[int, torch.Tensor] = {}
 
     def repeated(self, times: int) -> PromptFeatures:
         """For `num_return_sequences`: row i of the loop shows what row i // times of the prompts does."""
         self.repeats = times
+        self.waiting = Counter({i: n * times for i, n in Counter(chain(*map(set, self.images))).items()})
         return self
 
-    def take(self, rows: list[int]) -> list[list[torch.Tensor]]:
-        """For each of these rows of the loop, its images' features `[tokens, hidden]`, in order."""
-        wanted = [self.images[row // self.repeats] for row in rows]
-        needed = sorted({image for images in wanted for image in images})
-        encoded = dict(zip(needed, self.encode(needed), strict=True))
-        return [[encoded[image] for image in images] for images in wanted]
+    def layout(self, row: int) -> tuple[list[int], list[int]]:
+        """Identity and tokens of each of a row's images; equal images have one identity."""
+        images = self.images[row // self.repeats]
+        return images, [self.tokens[image] for image in images]
+
+    def take(self, wanted: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """Features `[tokens, hidden]` of each (row of the loop, tokens to skip)'s images, in order."""
+        images = [image for row, skip in wanted for image in self._behind(row, skip)]
+        missing = sorted(set(images) - self.encoded.keys())
+        self.encoded.update(zip(missing, self.encode(missing), strict=True))
+        return [self.encoded[image] for image in images]
+
+    def release(self, row: int) -> None:
+        """A row has entered: features that no waiting row shows are dropped."""
+        for image in set(self.images[row // self.repeats]):
+            self.waiting[image] -= 1
+            if self.waiting[image] <= 0:
+                self.encoded.pop(image, None)
+
+    def _behind(self, row: int, skip: int) -> list[int]:
+        """A row's images behind its first `skip` image tokens."""
+        images = []
+        for image in self.images[row // self.repeats]:
+            if skip <= 0:
+                images.append(image)
+            skip -= self.tokens[image]
+        return images
 
     def encode(self, images: list[int]) -> list[torch.Tensor]:
         """`[tokens, hidden]` of each image."""
         if not images:
             return []
-        if self.features is None:
+        if self.given is None:
             pixels = torch.cat([self.pixels[image] for image in images])
             return self.model.get_image_features(pixels, torch.tensor([self.sizes[image] for image in images]))
-        features = [self.features[image] for image in images]
+        features = [self.given[image] for image in images]
         place = next(self.model.mlp1.parameters())
-        projected = isinstance(self.features, tuple)
-        return features if projected else self.model.project([f.to(place.device, place.dtype) for f in features])
+        return features if self.projected else self.model.project([f.to(place.device, place.dtype) for f in features])
+
+
+def first_equal(images: Sequence[torch.Tensor]) -> list[int]:
+    """For each tensor, the place of the first one equal to it. Two are compared only if their fingerprints agree."""
+    seen: dict[tuple, list[int]] = {}
+    first = []
+    for place, image in enumerate(images):
+        probe = image.flatten()[:: max(1, image.numel() // 4096)].double()
+        alike = seen.setdefault((tuple(image.shape), float(probe.sum()), float(probe.square().sum())), [])
+        equal = next((other for other in alike if images[other] is image or torch.equal(images[other], image)), place)
+        if equal == place:
+            alike.append(place)
+        first.append(equal)
+    return first
 
 
 def images_by_row(slots: list[int], tokens: list[int]) -> list[list[int]]:

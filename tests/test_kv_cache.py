@@ -98,5 +98,6 @@ def test_slots_move_and_clear():
     cache.move(1, 0, 4)
     for layer in cache.layers:
         assert torch.equal(layer.keys[0, :, :4], layer.keys[1, :, :4]) and not layer.keys[0, :, 4:].any()
-    cache.clear(1, 5)
-    assert not any(layer.keys[1].any() or layer.values[1].any() for layer in cache.layers)
+    cache.clear(1, 2, 5)
+    for layer in cache.layers:
+        assert layer.keys[1, :, :2].all() and not layer.keys[1, :, 2:].any() and not layer.values[1, :, 2:].any()

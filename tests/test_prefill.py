@@ -1,0 +1,139 @@
+"""Sharing: equal images are encoded once, common prompt prefixes computed once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from locateanything.kv_cache import PrefillStep
+from locateanything.prefill import common_prefix, content_of, in_passes, plan
+from locateanything.prompts import first_equal
+from tests.conftest import Batch, cases_of
+
+IMAGE = 9
+
+
+def test_content_tells_images_apart():
+    tokens = [1, IMAGE, IMAGE, 2, IMAGE, 3]
+    one = content_of(tokens, IMAGE, [0, 4], [2, 1])
+    assert one.tolist() == [1, -1, -1, 2, -5, 3]
+    assert common_prefix(one, content_of(tokens, IMAGE, [0, 5], [2, 1])) == 4
+    assert common_prefix(one, one) == 6 and common_prefix(one, one[:2]) == 2
+
+
+ROWS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60), st.integers(0, 9)), min_size=1, max_size=6)
+
+
+def contents(rows) -> list[np.ndarray]:
+    """Rows of one of three beginnings and a tail of their own."""
+    return [np.array([100 + kind] * 40 + [tail] * length) for kind, length, tail in rows]
+
+
+@given(held=ROWS, entering=ROWS, offset=st.integers(0, 3))
+def test_a_plan_gives_every_row_its_content(held, entering, offset):
+    """Carried out on toy slots, a plan leaves in each entering slot exactly that row's content."""
+    slots = dict(enumerate(contents(held)))
+    wanted = {slot + offset: content for slot, content in enumerate(contents(entering))}
+    first, second = plan(wanted, dict(slots))
+    assert sorted(entry.slot for entry in first + second) == sorted(wanted)
+    state = {slot: content.tolist() for slot, content in slots.items()}
+    for entries in (first, second):
+        for entry in entries:
+            state[entry.slot] = state[entry.donor][: entry.shared] if entry.shared else []
+        for entry in entries:
+            assert entry.length == len(wanted[entry.slot])
+            state[entry.slot] += wanted[entry.slot].tolist()[entry.shared :]
+    for slot, content in wanted.items():
+        assert state[slot] == content.tolist()
+    for slot in slots.keys() - wanted.keys():
+        assert state[slot] == slots[slot].tolist(), "rows that stay are not touched"
+
+
+def test_little_is_not_shared():
+    short = {slot: np.array([1] * 15 + [slot]) for slot in range(2)}
+    assert plan(short, {})[1] == []
+    long_tail = {slot: np.array([1] * 20 + [slot + 2] * 100) for slot in range(2)}
+    assert plan(long_tail, {})[1] == []
+    worth = {slot: np.array([1] * 20 + [slot + 2] * 20) for slot in range(2)}
+    first, second = plan(worth, {})
+    assert [entry.slot for entry in first] == [0]
+    assert [(entry.slot, entry.shared, entry.donor) for entry in second] == [(1, 20, 0)]
+
+
+def test_passes_respect_the_budget():
+    entries = plan({slot: np.full(30, slot) for slot in range(5)}, {})[0]
+    assert [len(group) for group in in_passes(entries, 70)] == [2, 2, 1]
+    assert [len(group) for group in in_passes(entries, 10)] == [1] * 5, "one row at least"
+
+
+def test_equal_images_are_found_by_object_and_by_content():
+    one, other = torch.rand(4, 3), torch.rand(4, 3)
+    assert first_equal([one, other, one, other.clone(), one.view(3, 4)]) == [0, 1, 0, 1, 4]
+    almost = one.clone()
+    almost[2, 1] += 1e-6
+    assert first_equal([one, almost]) == [0, 1]
+
+
+class Spy:
+    """Counts what a model computes."""
+
+    def __init__(self, model, monkeypatch):
+        self.prefilled, self.patches = [], []
+        decode, extract = model.decode, model.extract_feature
+
+        def counted_decode(embeddings, step, cache):
+            if isinstance(step, PrefillStep):
+                self.prefilled.append(len(embeddings))
+            return decode(embeddings, step, cache)
+
+        def counted_extract(pixel_values, *args, **kwargs):
+            self.patches.append(len(pixel_values))
+            return extract(pixel_values, *args, **kwargs)
+
+        monkeypatch.setattr(model, "decode", counted_decode)
+        monkeypatch.setattr(model, "extract_feature", counted_extract)
+
+
+def questions_of_one_picture() -> list[dict]:
+    by_picture: dict[str, list[dict]] = {}
+    for case in cases_of("shapes"):
+        if "seed" not in case and len(case["images"]) == 1 and case["generation_mode"] == "fast":
+            by_picture.setdefault(case["images"][0], []).append(case)
+    return max(by_picture.values(), key=len)
+
+
+def test_one_image_many_questions_is_encoded_and_prefilled_once(monkeypatch):
+    cases = questions_of_one_picture()[:1] * 2 + questions_of_one_picture()
+    for slots in (None, 1, 2):
+        batch = Batch("shapes", cases)
+        with monkeypatch.context() as patch:
+            spy = Spy(batch.model, patch)
+            assert batch.answers(batch.run(max_batch_rows=slots)) == batch.expected()
+        patches = int(batch.inputs["image_grid_hws"][0].prod())
+        assert sum(spy.patches) == patches, "the picture is encoded once"
+        whole = len(cases[0]["input_ids"]) - 1
+        tails = sum(len(case["input_ids"]) for case in cases) - len(cases) * patches // 4
+        assert sum(spy.prefilled) <= whole + tails, "image tokens are prefilled once"
+        assert sum(spy.prefilled) < sum(len(case["input_ids"]) for case in cases) / 2
+
+
+def test_different_images_share_nothing_but_stay_right(monkeypatch):
+    cases = list({case["images"][0]: case for case in cases_of("shapes") if "seed" not in case}.values())[:6]
+    batch = Batch("shapes", cases)
+    spy = Spy(batch.model, monkeypatch)
+    assert batch.answers(batch.run()) == batch.expected()
+    assert sum(spy.patches) == int(batch.inputs["image_grid_hws"].prod(1).sum())
+
+
+def test_a_changed_pixel_is_another_image(monkeypatch):
+    """The same question twice, the second picture with one value changed: nothing of the image is shared."""
+    case = questions_of_one_picture()[0]
+    batch = Batch("shapes", [case, case])
+    pixels = batch.inputs["pixel_values"].clone()
+    pixels[-1, 0, 0, 0] += 0.5
+    batch.inputs["pixel_values"] = pixels
+    spy = Spy(batch.model, monkeypatch)
+    batch.run()
+    assert sum(spy.patches) == len(pixels)
