@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,11 @@ from .prefill import Entry, content_of, in_passes, plan
 from .settings import Recipe, RowSettings
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one whole prompt at least)
+
+
+def packs(device: torch.device) -> bool:
+    """Whether steps leave unused cells out: on CPU arithmetic is what costs, elsewhere the copy that counts them."""
+    return device.type == "cpu"
 
 
 class DecoderModel(Protocol):
@@ -127,6 +133,7 @@ class GenerationLoop:
         self.stops, self.criteria = stops, criteria
         self.streamer, self.generator = streamer, generator
         self.device = device
+        self.packed = packs(device)
 
         slots = min(slots, len(rows))
         capacity = max(row.room for row in rows)
@@ -149,7 +156,7 @@ class GenerationLoop:
             self.streamer.put(torch.tensor(self.rows[0].prompt))
         self.fill_slots()
         while self.active:
-            self.commit(self.decide(*self.forward()))
+            self.commit(self.decide(self.forward()))
             self.fill_slots()
         if self.streamer is not None:
             self.streamer.end()
@@ -229,33 +236,51 @@ class GenerationLoop:
 
     # ---- one step
 
-    def forward(self) -> tuple[torch.Tensor, list[int], list[int]]:
-        """One pass of the decoder. Returns logits `[N, V]`, one line per AR row, then six per MTP row; those slots."""
-        rows = len(self.active)
-        ar = [slot for slot, row in enumerate(self.active) if row.autoregressive]
-        mtp = [slot for slot, row in enumerate(self.active) if not row.autoregressive]
+    def forward(self) -> torch.Tensor:
+        """One pass of the decoder over the active rows. Returns lines of logits `[N, V]` float32, see `lines_of`."""
+        ar = [row.autoregressive for row in self.active]
+        logits = self.compute(
+            rows=len(self.active),
+            pending=max(row.pending for row in self.active),
+            windows=not all(ar),
+            longest=max(row.committed + WINDOW * (not row.autoregressive) for row in self.active),
+        )
+        widths = [1 if one else WINDOW for one in ar] if self.packed else [WINDOW if not all(ar) else 1] * len(ar)
+        self.first_line = list(accumulate(widths, initial=0))
+        return logits.to(self.device, torch.float32)
+
+    def compute(self, rows: int, pending: int, windows: bool, longest: int) -> torch.Tensor:
+        """The pass itself, a function of the state on the device and of these shapes only: CUDA graphs capture it."""
         step = DecodeStep(
             self.committed[:rows],
             self.cached[:rows],
             self.autoregressive[:rows],
-            pending=max(row.pending for row in self.active),
-            windows=bool(mtp),
-            longest=max(row.committed + WINDOW * (not row.autoregressive) for row in self.active),
+            pending=pending,
+            windows=windows,
+            longest=longest,
+            packed=self.packed,
         )
         ids = self.tokens[step.slots, step.positions.squeeze(0)].masked_fill(step.masked, self.roles.mask)
         hidden = self.model.decode(self.model.embed_prompt(ids, []), step, self.cache)
-        fed = (self.committed - self.cached)[self.at(ar)]
-        places = torch.cat([step.last_index(self.at(ar), fed), step.window_index(self.at(mtp)).flatten()])
-        return self.model.logits(hidden[places.to(hidden.device)]).to(self.device), ar, mtp
+        return self.model.logits(hidden[step.lines.to(hidden.device)])
 
-    def decide(self, logits: torch.Tensor, ar: list[int], mtp: list[int]) -> Acceptance:
+    def lines_of(self, logits: torch.Tensor, slots: list[int], width: int) -> torch.Tensor:
+        """The logits `[rows, width, V]` of the rows in `slots`."""
+        if len(slots) * width == len(logits):
+            return logits.unflatten(0, (-1, width))
+        lines = [self.first_line[slot] + line for slot in slots for line in range(width)]
+        return logits[self.at(lines)].unflatten(0, (-1, width))
+
+    def decide(self, logits: torch.Tensor) -> Acceptance:
         """The decoding rules: what each active row accepts, by slot."""
+        ar = [slot for slot, row in enumerate(self.active) if row.autoregressive]
+        mtp = [slot for slot, row in enumerate(self.active) if not row.autoregressive]
         parts = []
         if ar:
-            _, tokens = self.choose(logits[: len(ar)].unsqueeze(1), ar)
+            _, tokens = self.choose(self.lines_of(logits, ar, 1), ar)
             parts.append(accept_next(tokens[:, 0], self.hybrid[self.at(ar)], self.roles))
         if mtp:
-            probabilities, candidates = self.choose(logits[len(ar) :].unflatten(0, (-1, WINDOW)), mtp)
+            probabilities, candidates = self.choose(self.lines_of(logits, mtp, WINDOW), mtp)
             hybrid = self.hybrid[self.at(mtp)]
             tokens = window_tokens(probabilities, candidates, hybrid, self.roles)
             parts.append(accept_window(tokens, hybrid, self.roles))

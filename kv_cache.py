@@ -140,8 +140,7 @@ class DecodeStep:
     """One decode pass over the rows in slots 0 … R-1: pending tokens, then a window for each row in MTP mode.
 
     The grid of a step is `[R, Q]`: columns 0 … P-1 hold pending tokens (from the left), the last six, if any row is in
-    MTP mode, the window. Cells that a row does not use are left out of the packed tokens on CPU, where arithmetic is
-    what costs; on an accelerator they are computed and dropped, which spares the device-to-host copy of counting them.
+    MTP mode, the window. Logits are read at the six places of a window, or at a row's last pending token.
 
     A window's keys go to the places right after the committed tokens, where the next step's pending tokens overwrite
     them; until then the mask hides them from everybody but the window.
@@ -150,6 +149,13 @@ class DecodeStep:
         committed: `[R]` long, tokens of each row (decoding.md's n). cached: `[R]` long, how many the cache holds.
         autoregressive: `[R]` bool. pending: the largest `committed - cached`. windows: whether any row has one.
         longest: the largest index written, plus one.
+        packed: cells that a row does not use are left out. Otherwise the whole grid is computed and every row has as
+            many lines of logits: shapes then follow from the arguments alone, without a device-to-host copy.
+
+    Attributes:
+        slots, offsets, masked: `[T]`, of each fed token: where it is written, and whether the mask token is fed.
+        positions: `[1, T]`. lines: `[N]`, the fed tokens whose logits are read, row by row.
+        visible: `[R, Q, K]` bool.
     """
 
     def __init__(
@@ -161,20 +167,24 @@ class DecodeStep:
         pending: int,
         windows: bool,
         longest: int,
+        packed: bool = True,
     ):
         device = committed.device
         rows = committed.shape[0]
-        self.shape = (rows, pending + WINDOW * windows)
-        self.pending = pending
+        width = pending + WINDOW * windows
+        self.shape = (rows, width)
         n, c = committed[:, None], cached[:, None]
 
         fed = c + torch.arange(pending, device=device)  # [R, P]
-        offsets, positions, valid = fed, fed, fed < n
+        last = (n - c - 1).clamp(min=0)  # column of a row's last pending token
+        offsets, positions, valid, read = fed, fed, fed < n, last
         if windows:
             slot_of_window = torch.arange(WINDOW, device=device)
+            ar = autoregressive[:, None]
             offsets = torch.cat([offsets, n + slot_of_window], 1)
             positions = torch.cat([positions, n - 1 + slot_of_window], 1)
-            valid = torch.cat([valid, ~autoregressive[:, None].expand(-1, WINDOW)], 1)
+            valid = torch.cat([valid, ~ar.expand(-1, WINDOW)], 1)
+            read = torch.where(ar, last, pending + slot_of_window)  # [R, 6]
 
         # Pending token i sees keys 0 … i. A window slot sees 0 … n-2 and the window; never n-1, which slot 0 repeats.
         key = torch.arange(round_up(longest), device=device)
@@ -183,23 +193,25 @@ class DecodeStep:
             window = (key < n - 1) | ((key >= n) & (key < n + WINDOW))
             visible = torch.cat([visible, window[:, None].expand(-1, WINDOW, -1)], 1)
         # A cell nobody uses sees key 0, for a query that sees nothing would be NaN.
-        self.visible = torch.where(valid[..., None], visible, key == 0)  # [R, Q, K] bool
+        self.visible = torch.where(valid[..., None], visible, key == 0)
+        self._mask: torch.Tensor | None = None
 
-        cells = valid.flatten()
-        if device.type == "cpu":
-            self.kept = cells.nonzero().squeeze(1)
-            self.packed = (cells.long().cumsum(0) - 1).view(self.shape)
+        cells = torch.arange(rows * width, device=device)
+        read = (read + width * torch.arange(rows, device=device)[:, None]).flatten()
+        if packed:
+            self.kept = cells[valid.flatten()]
+            if windows:
+                read = read[(~ar | (slot_of_window == 0)).flatten()]
+            self.lines = (valid.flatten().long().cumsum(0) - 1)[read]
         else:
-            self.kept = torch.arange(cells.numel(), device=device)
-            self.packed = self.kept.view(self.shape)
+            self.kept, self.lines = cells, read
             # an unused cell writes to its slot's last place, which no row reaches
             offsets = torch.where(valid, offsets, -1)
-        self._mask: torch.Tensor | None = None
-        self.slots = self.kept // self.shape[1]
+        self.slots = self.kept // width
         self.offsets = offsets.flatten()[self.kept]
         self.positions = positions.flatten()[self.kept].unsqueeze(0)
         # window slots 1 … 5 hold the mask token; slot 0 repeats the token at its position
-        self.masked = self.kept % self.shape[1] > pending
+        self.masked = self.kept % width > pending
 
     def to(self, device: torch.device, **kwargs) -> DecodeStep:
         """accelerate calls this before each layer, which may live on another device."""
@@ -207,7 +219,7 @@ class DecodeStep:
             return self
         moved = copy(self)
         moved._mask = None
-        for name in ("visible", "kept", "packed", "slots", "offsets", "positions"):
+        for name in ("visible", "kept", "slots", "offsets", "positions"):
             setattr(moved, name, getattr(self, name).to(device, **kwargs))
         return moved
 
@@ -231,11 +243,3 @@ class DecodeStep:
             hidden.masked_fill_(~self.visible, float("-inf"))
             self._mask = hidden.unsqueeze(1).repeat(1, group, 1, 1).flatten(1, 2).unsqueeze(1)
         return self._mask
-
-    def window_index(self, rows: torch.Tensor) -> torch.Tensor:
-        """Packed places `[len(rows), 6]` of the windows of these rows (MTP mode)."""
-        return self.packed[rows, self.pending :]
-
-    def last_index(self, rows: torch.Tensor, fed: torch.Tensor) -> torch.Tensor:
-        """Packed places `[len(rows)]` of the last of the `fed` pending tokens of these rows."""
-        return self.packed[rows, fed - 1]

@@ -101,3 +101,15 @@ def test_one_generator_draws_for_all_rows_reproducibly():
     other = batch.run(generator=torch.Generator().manual_seed(6)).sequences
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
+
+
+def test_whole_grids_answer_as_packed_tokens_do(golden, monkeypatch):
+    """The layout of an accelerator, whose shapes do not depend on the rows' modes."""
+    import locateanything.generation as generation
+
+    monkeypatch.setattr(generation, "packs", lambda device: False)
+    cases = cases_of(golden)[::3]
+    batch = Batch(golden, cases)
+    output = batch.run(max_batch_rows=11)
+    assert batch.answers(output) == batch.expected()
+    assert output.row_forwards.tolist() == [case["forward_step"] for case in cases]

@@ -13,7 +13,7 @@ ROW = st.tuples(st.integers(1, 40), st.integers(1, 6), st.booleans()).map(
 )
 
 
-def step_of(rows) -> DecodeStep:
+def step_of(rows, packed=True) -> DecodeStep:
     committed, cached, autoregressive = zip(*rows, strict=True)
     return DecodeStep(
         torch.tensor(committed),
@@ -22,6 +22,7 @@ def step_of(rows) -> DecodeStep:
         pending=max(n - c for n, c, _ in rows),
         windows=not all(autoregressive),
         longest=max(n + (0 if ar else 6) for n, _, ar in rows),
+        packed=packed,
     )
 
 
@@ -45,12 +46,26 @@ def test_a_step_is_decoding_md_2(rows):
         assert set(keys.nonzero().flatten().tolist()) == seen
     assert step.visible.any(-1).all(), "a query that sees nothing would be NaN"
 
-    for slot, (n, c, autoregressive) in enumerate(rows):
-        last = step.last_index(torch.tensor([slot]), torch.tensor([n - c]))
-        assert fed[int(last)][:2] == (slot, n - 1) and not fed[int(last)][4]
-        if not autoregressive:
-            window = step.window_index(torch.tensor([slot]))[0].tolist()
-            assert [fed[place][:3] for place in window] == [(slot, n - 1 + j, n + j) for j in range(6)]
+    read = [(slot, n - 1 + j) for slot, (n, _, ar) in enumerate(rows) for j in range(1 if ar else 6)]
+    assert [fed[line][:2] for line in step.lines.tolist()] == read
+    in_window = [fed[line][2] >= rows[fed[line][0]][0] for line in step.lines.tolist()]
+    assert in_window == [not ar for _, _, ar in rows for _ in range(1 if ar else 6)]
+
+
+@given(rows=st.lists(ROW, min_size=1, max_size=5))
+def test_an_unpacked_step_feeds_the_same_tokens_among_unused_cells(rows):
+    packed, whole = step_of(rows), step_of(rows, packed=False)
+    assert len(whole.kept) == whole.shape[0] * whole.shape[1]
+    for name in ("slots", "offsets", "masked"):
+        assert torch.equal(getattr(whole, name)[packed.kept], getattr(packed, name))
+    assert torch.equal(whole.positions[0, packed.kept], packed.positions[0])
+    unused = torch.ones(len(whole.kept), dtype=torch.bool)
+    unused[packed.kept] = False
+    assert (whole.offsets[unused] == -1).all(), "unused cells write to a slot's last place"
+    width = len(whole.lines) // len(rows)
+    assert width == (1 if all(ar for *_, ar in rows) else 6)
+    expected = [line for row, (*_, ar) in enumerate(rows) for line in range(row * width, row * width + (1 if ar else 6))]
+    assert torch.equal(whole.lines[expected], packed.kept[packed.lines])
 
 
 @given(rows=st.lists(ROW, min_size=1, max_size=5))
