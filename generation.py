@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from .configuration import WINDOW, TokenRoles
 from .decoding import Acceptance, accept_next, accept_window, draw, stock_warpers, window_tokens
@@ -26,6 +27,9 @@ from .prefill import Entry, content_of, in_passes, plan
 from .settings import Recipe, RowSettings
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one whole prompt at least)
+LEAST_PREFILL_TOKENS = 256  # less is not tried after running out of memory
+
+logger = logging.get_logger(__name__)
 
 
 def packs(device: torch.device) -> bool:
@@ -57,6 +61,9 @@ class Features(Protocol):
 
     def release(self, row: int) -> None:
         """A row has entered; features that no other row waits for may go."""
+
+    def halve(self) -> None:
+        """Memory ran out: encode in passes of half the size."""
 
 
 @dataclass
@@ -137,13 +144,11 @@ class GenerationLoop:
 
         slots = min(slots, len(rows))
         capacity = max(row.room for row in rows)
-        self.slots = slots
+        self.layers, self.slots, self.capacity = layers, slots, capacity + 1
         self.prefill_tokens = PREFILL_TOKENS
-        self.cache = SlotKVCache(layers, slots, capacity + 1)
-        self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold
-        self.written = [0] * slots  # how far the last row of a slot wrote
+        self.empty_cache()
         # Places behind a row's committed tokens repeat its first one, so that penalties see no token it lacks.
-        self.tokens = torch.zeros(slots, capacity + 1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(slots, self.capacity, dtype=torch.long, device=device)
         self.committed = torch.zeros(slots, dtype=torch.long, device=device)
         self.cached = torch.zeros_like(self.committed)
         self.autoregressive = torch.zeros(slots, dtype=torch.bool, device=device)
@@ -154,13 +159,42 @@ class GenerationLoop:
         """Decodes all rows; returns them, finished."""
         if self.streamer is not None:
             self.streamer.put(torch.tensor(self.rows[0].prompt))
-        self.fill_slots()
-        while self.active:
-            self.commit(self.decide(self.forward()))
-            self.fill_slots()
+        while self.active or self.waiting:
+            try:
+                self.fill_slots()
+                if self.active:
+                    self.commit(self.decide(self.forward()))
+            except torch.OutOfMemoryError as error:
+                self.halve(error)
         if self.streamer is not None:
             self.streamer.end()
         return self.rows
+
+    # ---- memory
+
+    def empty_cache(self) -> None:
+        self.cache = SlotKVCache(self.layers, self.slots, self.capacity)
+        self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold
+        self.written = [0] * self.slots  # how far the last row of a slot wrote
+
+    def halve(self, error: torch.OutOfMemoryError) -> None:
+        """Goes on with half the slots and half the prompt tokens and patches a pass.
+
+        Unfinished rows wait again, with the tokens they have; what they had cached is computed anew.
+        """
+        if self.slots == 1 and self.prefill_tokens <= LEAST_PREFILL_TOKENS:
+            raise error
+        logger.warning_once(f"out of memory with {self.slots} rows at a time; going on with half of it")
+        self.slots = max(1, self.slots // 2)
+        self.prefill_tokens = max(LEAST_PREFILL_TOKENS, self.prefill_tokens // 2)
+        self.features.halve()
+        self.waiting.extendleft(reversed([row for row in self.active if not row.done]))
+        for row in self.waiting:
+            row.cached = 0
+        self.active = []
+        self.empty_cache()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # ---- rows enter and leave
 

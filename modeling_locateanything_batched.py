@@ -37,12 +37,11 @@ from .decoding import Acceptance  # noqa: F401
 from .generation import GenerationLoop, Row
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
 from .prefill import Entry  # noqa: F401
-from .prompts import PromptFeatures, Prompts, read_grids, read_prompts
+from .prompts import PATCHES_A_PASS, PromptFeatures, Prompts, read_grids, read_prompts
 from .settings import resolve
 from .vision import MoonViTModel
 
-PATCHES_A_PASS = 25600  # one image of the largest size, or many small ones
-ROWS_A_STEP = 32
+ROWS_A_STEP = 32  # beyond, arithmetic takes all the time that memory traffic saves
 
 
 @dataclass
@@ -120,13 +119,16 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
     # ---- images
 
     def extract_feature(
-        self, pixel_values: torch.Tensor, image_grid_hws: torch.Tensor | np.ndarray | None
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_hws: torch.Tensor | np.ndarray | None,
+        patches_a_pass: int = PATCHES_A_PASS,
     ) -> list[torch.Tensor]:
         """The vision tower's features, which `generate(visual_features=…)` takes to reuse them across calls.
 
         Args:
             pixel_values: `[patches, 3, 14, 14]`, images one after another. image_grid_hws: `[images, 2]`, (rows,
-                columns) in patches.
+                columns) in patches. patches_a_pass: at most (one image at least), which bounds memory.
 
         Returns:
             Per image `[tokens, 4 * vision hidden]`, before the projector.
@@ -139,7 +141,7 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
             # as many images as fit the budget, one at least
             images, patches = 0, 0
             for height, width in sizes[len(features) :]:
-                if images and patches + height * width > PATCHES_A_PASS:
+                if images and patches + height * width > patches_a_pass:
                     break
                 images, patches = images + 1, patches + height * width
             span = sizes[len(features) : len(features) + images]

@@ -39,7 +39,8 @@ def content_of(tokens: list[int], image_token: int, images: list[int], lengths: 
     """
     content = np.asarray(tokens, dtype=np.int64)
     shown = np.repeat(-1 - np.asarray(images, dtype=np.int64), lengths)
-    content[np.flatnonzero(content == image_token)] = shown
+    # an answer that is cached again may hold the image token as a mere word
+    content[np.flatnonzero(content == image_token)[: len(shown)]] = shown
     return content
 
 

@@ -15,6 +15,8 @@ import torch
 
 from .configuration import LocateAnythingConfig, MoonViTConfig
 
+PATCHES_A_PASS = 25600  # of the vision tower: one image of the largest size, or many small ones
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -133,6 +135,7 @@ class PromptFeatures:
     ):
         self.model = model
         self.repeats = 1
+        self.patches_a_pass = PATCHES_A_PASS
         self.given: list[torch.Tensor] | None = None
         self.projected = False
         self.pixels: list[torch.Tensor] = []
@@ -191,6 +194,9 @@ class PromptFeatures:
             if self.waiting[image] <= 0:
                 self.encoded.pop(image, None)
 
+    def halve(self) -> None:
+        self.patches_a_pass = max(1, self.patches_a_pass // 2)
+
     def _behind(self, row: int, skip: int) -> list[int]:
         """A row's images behind its first `skip` image tokens."""
         images = []
@@ -206,7 +212,8 @@ class PromptFeatures:
             return []
         if self.given is None:
             pixels = torch.cat([self.pixels[image] for image in images])
-            return self.model.get_image_features(pixels, torch.tensor([self.sizes[image] for image in images]))
+            grids = torch.tensor([self.sizes[image] for image in images])
+            return self.model.project(self.model.extract_feature(pixels, grids, self.patches_a_pass))
         features = [self.given[image] for image in images]
         place = next(self.model.mlp1.parameters())
         return features if self.projected else self.model.project([f.to(place.device, place.dtype) for f in features])

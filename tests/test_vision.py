@@ -33,8 +33,6 @@ def test_a_pack_equals_each_image_alone(sizes):
 
 
 def test_images_are_encoded_in_passes_of_bounded_size(monkeypatch):
-    import locateanything.modeling_locateanything_batched as modeling
-
     model, sizes = model_of("shapes"), [(2, 4), (8, 8), (2, 2), (4, 4), (2, 2)]
     patches = pixels(sizes)
     with torch.no_grad():
@@ -42,8 +40,7 @@ def test_images_are_encoded_in_passes_of_bounded_size(monkeypatch):
         passes = []
         forward = model.vision_model.forward
         monkeypatch.setattr(model.vision_model, "forward", lambda p, s: passes.append(len(p)) or forward(p, s))
-        monkeypatch.setattr(modeling, "PATCHES_A_PASS", 20)
-        in_parts = model.extract_feature(patches, torch.tensor(sizes))
+        in_parts = model.extract_feature(patches, torch.tensor(sizes), patches_a_pass=20)
     assert passes == [8, 64, 20, 4]
     for one, other in zip(at_once, in_parts, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
