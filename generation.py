@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .configuration import WINDOW, TokenRoles
+from .cuda_graphs import DecodeGraphs
 from .decoding import Acceptance, accept_next, accept_window, draw, stock_warpers, window_tokens
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, Stretch
 from .prefill import Entry, content_of, in_passes, plan
@@ -115,7 +116,7 @@ class GenerationLoop:
         criteria: asked after every accepted token, row by row.
         streamer: gets the only row's prompt and tokens.
         generator: draws for every row that has none of its own; None is the global one.
-        device: where ids live and rules run.
+        device: where ids live and rules run. graphs: whether to capture decode steps as CUDA graphs.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class GenerationLoop:
         streamer: BaseStreamer | None,
         generator: torch.Generator | None,
         device: torch.device,
+        graphs: bool = False,
     ):
         self.model, self.features, self.roles = model, features, roles
         self.rows = rows
@@ -139,8 +141,8 @@ class GenerationLoop:
         self.active: list[Row] = []  # by slot
         self.stops, self.criteria = stops, criteria
         self.streamer, self.generator = streamer, generator
-        self.device = device
-        self.packed = packs(device)
+        self.device, self.graphs = device, graphs
+        self.packed = packs(device) and not graphs
 
         slots = min(slots, len(rows))
         capacity = max(row.room for row in rows)
@@ -176,6 +178,10 @@ class GenerationLoop:
         self.cache = SlotKVCache(self.layers, self.slots, self.capacity)
         self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold
         self.written = [0] * self.slots  # how far the last row of a slot wrote
+        # a graph holds the addresses of this cache
+        self.run_step = (
+            DecodeGraphs(self.compute, slots=self.slots, capacity=self.capacity) if self.graphs else self.compute
+        )
 
     def halve(self, error: torch.OutOfMemoryError) -> None:
         """Goes on with half the slots and half the prompt tokens and patches a pass.
@@ -273,7 +279,7 @@ class GenerationLoop:
     def forward(self) -> torch.Tensor:
         """One pass of the decoder over the active rows. Returns lines of logits `[N, V]` float32, see `lines_of`."""
         ar = [row.autoregressive for row in self.active]
-        logits = self.compute(
+        logits = self.run_step(
             rows=len(self.active),
             pending=max(row.pending for row in self.active),
             windows=not all(ar),

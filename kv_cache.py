@@ -225,13 +225,16 @@ class DecodeStep:
 
     def to_grid(self, packed: torch.Tensor) -> torch.Tensor:
         """`[T, …]` → `[R, Q, …]`; cells without a token hold zeros."""
+        if len(packed) == self.shape[0] * self.shape[1]:
+            return packed.unflatten(0, self.shape)
         grid = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
         grid[self.kept] = packed
         return grid.unflatten(0, self.shape)
 
     def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
         """`[R, Q, …]` → `[T, …]`."""
-        return grid.flatten(0, 1)[self.kept]
+        cells = grid.flatten(0, 1)
+        return cells if len(self.kept) == len(cells) else cells[self.kept]
 
     def mask(self, dtype: torch.dtype, group: int) -> torch.Tensor:
         """Additive `[R, 1, group * Q, K]`, 0 where visible: the same for each of a key head's `group` query heads.

@@ -9,6 +9,7 @@ answered as the stock model would answer it alone (decoding.md).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from transformers.utils import ModelOutput
 # 4.57 copies from a local folder only what the entry file itself imports: name every remote-code file here.
 from .attention import WindowAttention
 from .configuration import WINDOW, LocateAnythingConfig, MoonViTConfig
+from .cuda_graphs import DecodeGraphs  # noqa: F401
 from .decoding import Acceptance  # noqa: F401
 from .generation import GenerationLoop, Row
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
@@ -278,6 +280,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         streamer: BaseStreamer | None = None,
         max_batch_rows: int | None = None,
+        decode_graphs: bool | None = None,
         tokenizer: Any | None = None,
         verbose: bool = False,
         use_cache: bool = True,
@@ -303,7 +306,10 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             generator: draws for all rows, or a list with one per row (of the answer, after `num_return_sequences`);
                 then a row's draws do not depend on its neighbours.
             streamer: gets prompt and tokens of a single row.
-            max_batch_rows: rows decoded at a time, 32 by default; the others wait for a place.
+            max_batch_rows: rows decoded at a time, 32 by default or as many as half of the free memory holds; the
+                others wait for a place.
+            decode_graphs: capture decode steps as CUDA graphs, at the first use of each shape in this call; by
+                default where the model is on one CUDA device. Where capture fails, steps run as they are.
             tokenizer: given, the answer is text, as the stock's generate returns it (decoding.md §6).
             verbose: with `tokenizer`, also the history and a line of statistics.
 
@@ -342,7 +348,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         )
         features = PromptFeatures(self, prompts, pixel_values, image_grid_hws, visual_features)
         criteria = self._get_stopping_criteria(call.config, stopping_criteria or StoppingCriteriaList(), tokenizer)
-        # only now, for processors that hold the end back (min_new_tokens): ends are the loop's business, not criteria's
+        # only now, for processors that hold the end back (min_new_tokens): criteria leave ends to the loop
         call.config._eos_token_tensor = torch.tensor([self.config.token_roles.end, *call.stops], device=device)
 
         repeats = call.num_return_sequences
@@ -372,12 +378,13 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             rows,
             self.config.token_roles,
             layers=self.config.text_config.num_hidden_layers,
-            slots=max_batch_rows or ROWS_A_STEP,
+            slots=max_batch_rows or self._rows_that_fit(max(row.room for row in rows), device),
             stops=call.stops,
             criteria=criteria,
             streamer=streamer,
             generator=generator if isinstance(generator, torch.Generator) else None,
             device=device,
+            graphs=self._captures(decode_graphs, device),
         )
         rows = loop.run()
         if tokenizer is not None:
@@ -387,6 +394,27 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             return sequences
         forwards = torch.tensor([row.forwards for row in rows], device=sequences.device)
         return LocateAnythingGenerateOutput(sequences=sequences, row_forwards=forwards)
+
+    def _rows_that_fit(self, tokens: int, device: torch.device) -> int:
+        """Rows whose caches of `tokens` tokens fit into half of the free memory, `ROWS_A_STEP` at most."""
+        text = self.config.text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        width = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+        size = tokens * width * self.dtype.itemsize
+        if device.type == "cuda":
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + unused
+        elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        else:
+            return ROWS_A_STEP
+        return max(1, min(ROWS_A_STEP, int(free // 2 // size)))
+
+    def _captures(self, decode_graphs: bool | None, device: torch.device) -> bool:
+        """Whether decode steps become CUDA graphs; accelerate's hooks move tensors about, which cannot be captured."""
+        if device.type != "cuda" or any(hasattr(module, "_hf_hook") for module in self.modules()):
+            return False
+        return decode_graphs is not False
 
     @staticmethod
     def _generators(generator: Any, rows: int) -> list[torch.Generator | None]:

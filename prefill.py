@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """What of entering rows' prompts must be computed, and what another slot holds already.
 
-Rows that ask about the same picture begin alike: system turn, image, often the first words. Whatever of it a slot holds
-is copied, and only the rest is computed. Pure planning: no model, no cache.
+Rows that ask about the same picture begin alike: system turn, image, often the first words. Whatever of it a slot
+holds is copied, and only the rest is computed. Pure planning: no model, no cache.
 """
 
 from __future__ import annotations

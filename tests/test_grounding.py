@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from locateanything.grounding import ANSWER_TOKENS, TASKS, Grounding, build_question, parse_answer, to_pixels
 
 from .conftest import GOLDENS
@@ -92,7 +93,9 @@ def test_a_written_answer_is_read_back(items):
     assert parse_answer(text) == items
 
 
-pieces = st.sampled_from([*sorted(ANSWER_TOKENS)[:9], "<ref>", "</ref>", "<box>", "</box>", "<1001>", "none", "<", ">"])
+pieces = st.sampled_from(
+    [*sorted(ANSWER_TOKENS)[:9], "<ref>", "</ref>", "<box>", "</box>", "<1001>", "none", "<", ">"]
+)
 
 
 @given(st.one_of(st.text(), st.lists(st.one_of(pieces, st.text(max_size=3)), max_size=60).map("".join)))
@@ -107,7 +110,9 @@ def test_nothing_is_invented(text):
         assert "</box>" in text
 
 
-@pytest.mark.parametrize("piece", ["<ref>", "<box>", "<box><1><2><3>", "<ref>a", "<", "<box><1><2><3><4></box>", "<1>"])
+@pytest.mark.parametrize(
+    "piece", ["<ref>", "<box>", "<box><1><2><3>", "<ref>a", "<", "<box><1><2><3><4></box>", "<1>"]
+)
 def test_long_hostile_answers_end(piece):
     parse_answer(piece * 300_000)  # quadratic time would take hours
 

@@ -64,7 +64,9 @@ def test_an_unpacked_step_feeds_the_same_tokens_among_unused_cells(rows):
     assert (whole.offsets[unused] == -1).all(), "unused cells write to a slot's last place"
     width = len(whole.lines) // len(rows)
     assert width == (1 if all(ar for *_, ar in rows) else 6)
-    expected = [line for row, (*_, ar) in enumerate(rows) for line in range(row * width, row * width + (1 if ar else 6))]
+    expected = [
+        line for row, (*_, ar) in enumerate(rows) for line in range(row * width, row * width + (1 if ar else 6))
+    ]
     assert torch.equal(whole.lines[expected], packed.kept[packed.lines])
 
 

@@ -12,9 +12,10 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from locateanything import media
 from locateanything.media import load_image, load_video
-from PIL import Image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 PNG = io.BytesIO()
