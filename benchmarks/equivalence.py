@@ -3,8 +3,7 @@
     python benchmarks/equivalence.py                                         # the embedded checkpoint and pictures
     python benchmarks/equivalence.py MODEL IMAGE [IMAGE …] [--stock DIR_OR_ID] [--dtype bfloat16] [--device cuda]
 
-MODEL is a folder or hub id with this project's code (`upload_to_hub.py --base … --local-dir …`) or an official one, which
-is assembled first. Five parts, each in every mode, greedy, at repetition penalty 1.0 and 1.15:
+MODEL is a folder or hub id in the official format; it is loaded with this clone's code. Five parts, each in every mode, greedy, at repetition penalty 1.0 and 1.15:
 
   A  one row against the stock's own generate (with --stock, under the transformers the stock needs)
   B  identical rows against the row alone
@@ -34,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from grounding import build_question, parse_answer
 from media import load_image
-from upload_to_hub import assemble, fetch_base, is_drop_in
+from upload_to_hub import assemble
 
 MODES = ("hybrid", "fast", "slow")
 PENALTIES = (1.0, 1.15)
@@ -144,8 +143,8 @@ def main() -> int:
     images = [load_image(picture) for picture in pictures]
     dtype = getattr(torch, arguments.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        base = fetch_base(arguments.model)
-        ours = base if is_drop_in(base) else assemble(base, Path(folder) / "drop-in")
+        # with this clone's code, whatever code the folder or repository may hold
+        ours = assemble(arguments.model, Path(folder) / "drop-in")
         subject = Subject(str(ours), dtype, arguments.device)
         stock = Subject(arguments.stock, dtype, arguments.device) if arguments.stock else None
         results = compare(subject, stock, images, arguments.new_tokens)

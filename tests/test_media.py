@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import threading
 import time
@@ -42,16 +43,17 @@ def server():
             if self.path == "/none.png":
                 self.send_error(404)
                 return
+            body = b"no picture here" if self.path == "/text.png" else PNG
             self.send_response(200)
-            length = len(PNG) + 10 if self.path == "/short.png" else len(PNG)
-            self.send_header("Content-Length", str(length))
+            self.send_header("Content-Length", str(len(body) + 10 * (self.path == "/short.png")))
             self.end_headers()
             if self.path == "/slow.png":
-                for byte in PNG[:40]:
-                    self.wfile.write(bytes([byte]))
-                    time.sleep(0.02)
+                with contextlib.suppress(OSError):  # the client hangs up
+                    for byte in body[:40]:
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(0.02)
                 return
-            self.wfile.write(b"no picture here" if self.path == "/text.png" else PNG)
+            self.wfile.write(body)
 
         def log_message(self, *args):
             pass
