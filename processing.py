@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from itertools import chain, islice
 from typing import Any, ClassVar
 
@@ -14,22 +15,27 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
+from .conversations import (
+    ANSWER_START,
+    TURN_END,
+    TURN_START,
+    Placeholders,
+    Vision,
+    prompt_text,
+    read_conversations,
+    video_of,
+)
 from .grounding import ANSWER_TOKENS, parse_answer, to_pixels
+from .image_processing import LocateAnythingImageProcessor, Source, as_batch, image_layout, is_array, is_list
 from .media import load_image, load_video
 
-# The vision tower has positions for fewer patches a side than this.
-MAX_PATCHES_PER_SIDE = 512
-DEFAULT_SYSTEM = "You are a helpful assistant.\n"
 # What stands for "unknown" where the published processor reports a frame's time.
 UNKNOWN_TIME = -1
 UNKNOWN_FPS = 2.0
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
-_TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
-_ANSWER_START = f"{_TURN_START}assistant\n"
 _TEXT_KWARGS = frozenset(
     [
         "add_special_tokens",
@@ -49,118 +55,6 @@ _NESTED_KWARGS = {
     "videos_kwargs": _VIDEO_KWARGS,
     "common_kwargs": frozenset(["return_tensors"]),
 }
-
-
-class LocateAnythingImageProcessor(BaseImageProcessor):
-    """Images to MoonViT's patches (checkpoint.md, "Image preprocessing"), bit for bit as the published processor.
-
-    Args:
-        patch_size: side of a square patch, in pixels.
-        in_token_limit: most patches (before padding to whole merges) that an image keeps; larger ones are shrunk.
-        merge_kernel_size: (rows, columns) of patches that become one image token.
-        image_mean, image_std: per channel, of pixels in 0…1.
-    """
-
-    model_input_names = ["pixel_values", "image_grid_hws"]
-
-    def __init__(
-        self,
-        patch_size: int = 14,
-        in_token_limit: int = 25600,
-        merge_kernel_size: Sequence[int] = (2, 2),
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        self.patch_size = patch_size
-        self.in_token_limit = in_token_limit
-        self.merge_kernel_size = list(merge_kernel_size)
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
-
-    def preprocess(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
-        """Turns images into patches.
-
-        Args:
-            images: one image or a list of them, each anything `media.load_image` takes.
-            return_tensors: "pt" (also the default) or "np".
-
-        Returns:
-            pixel_values: float32 `[patches of all images, 3, patch_size, patch_size]`, each image row-major.
-            image_grid_hws: int64 `[images, 2]`, rows and columns in patches.
-
-        Raises:
-            ValueError: no images, one that cannot be read, has a zero side, or is 512 patches or more a side.
-        """
-        images, _ = _image_layout(images)
-        if not images:
-            raise ValueError("images: got an empty list; expected at least one image.")
-        loaded = [_Source(f"images[{index}]", image).load(load_image) for index, image in enumerate(images)]
-        for index, image in enumerate(loaded):
-            self.grid_of(image.height, image.width, f"images[{index}]")
-        patches, grids = zip(*map(self.patchify, loaded), strict=True)
-        data = {"pixel_values": torch.cat(patches), "image_grid_hws": torch.tensor(grids, dtype=torch.long)}
-        return _batch(data, return_tensors)
-
-    def grid_of(self, height: int, width: int, name: str = "image") -> tuple[int, int]:
-        """Rows and columns of patches that an image of `height`×`width` pixels has after preprocessing.
-
-        Raises:
-            ValueError: a zero side, or 512 patches or more a side. The message begins with `name`.
-        """
-        if height < 1 or width < 1:
-            raise ValueError(f"{name}: is {width}×{height} pixels; a side of zero has no content.")
-        rows, columns = self._snap(*self._shrink(height, width))
-        if max(rows, columns) >= MAX_PATCHES_PER_SIDE:
-            raise ValueError(
-                f"{name}: {width}×{height} pixels make {columns}×{rows} patches of {self.patch_size} pixels; a side "
-                f"must have fewer than {MAX_PATCHES_PER_SIDE}."
-            )
-        return rows, columns
-
-    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Patches of an image of `height`×`width` pixels (transformers' helper; there are no `images_kwargs`)."""
-        if images_kwargs:
-            raise ValueError(f"images_kwargs: got {images_kwargs}; there are none that change the number of patches.")
-        rows, columns = self.grid_of(height, width)
-        return rows * columns
-
-    def get_number_of_image_tokens(self, height: int, width: int) -> int:
-        """Image tokens, one for each merge of patches, of an image of `height`×`width` pixels."""
-        return self.tokens_of(self.grid_of(height, width))
-
-    def tokens_of(self, grid: tuple[int, int]) -> int:
-        """Image tokens of a grid of (rows, columns) patches."""
-        return grid[0] * grid[1] // (self.merge_kernel_size[0] * self.merge_kernel_size[1])
-
-    def patchify(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Patches float32 `[rows * columns, 3, patch_size, patch_size]` of one RGB image, and (rows, columns)."""
-        rows, columns = self.grid_of(image.height, image.width)
-        side = self.patch_size
-        height, width = self._shrink(image.height, image.width)
-        # Two resizes where the image is over the limit, as published: the pixels depend on it.
-        for size in ((width, height), (columns * side, rows * side)):
-            if image.size != size:
-                image = image.resize(size, Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).view(rows, side, columns, side, 3)
-        patches = pixels.permute(0, 2, 4, 1, 3).reshape(-1, 3, side, side).float()
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
-        return patches.div_(255).sub_(mean).div_(std), (rows, columns)
-
-    def _shrink(self, height: int, width: int) -> tuple[int, int]:
-        patches = (width // self.patch_size) * (height // self.patch_size)
-        if patches <= self.in_token_limit:
-            return height, width
-        scale = (self.in_token_limit / patches) ** 0.5
-        return max(1, int(height * scale)), max(1, int(width * scale))
-
-    def _snap(self, height: int, width: int) -> tuple[int, int]:
-        merge_rows, merge_columns = self.merge_kernel_size
-        return (
-            -(-height // (merge_rows * self.patch_size)) * merge_rows,
-            -(-width // (merge_columns * self.patch_size)) * merge_columns,
-        )
 
 
 class LocateAnythingProcessor(ProcessorMixin):
@@ -222,7 +116,7 @@ class LocateAnythingProcessor(ProcessorMixin):
         self._run = re.compile(
             f"{re.escape(image_start_token)}((?:{re.escape(image_token)})+){re.escape(image_end_token)}"
         )
-        self._placeholder = re.compile(f"<({re.escape(image_placeholder)}|{re.escape(video_placeholder)})-([0-9]+)>")
+        self._placeholders = Placeholders(image_placeholder, video_placeholder)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -251,8 +145,8 @@ class LocateAnythingProcessor(ProcessorMixin):
         """
         if tokenize:
             raise ValueError("tokenize: got True; use apply_chat_template(…, tokenize=True), or call the processor.")
-        conversations, is_batch = _conversations(messages)
-        texts = [self._prompt(conversation, add_generation_prompt) for conversation in conversations]
+        conversations, is_batch = read_conversations(messages)
+        texts = [prompt_text(each, self._placeholders, add_generation_prompt) for each in conversations]
         return texts if is_batch else texts[0]
 
     def process_vision_info(
@@ -276,10 +170,10 @@ class LocateAnythingProcessor(ProcessorMixin):
         Raises:
             ValueError: a message that is not laid out as expected, or an image or frame that cannot be read.
         """
-        vision = [_Vision.of(conversation) for conversation in _conversations(messages)[0]]
+        vision = [Vision.of(conversation) for conversation in read_conversations(messages)[0]]
         items = [item for row in vision for item in row.videos]
         images = [load_image(item) for row in vision for item in row.images]
-        videos = [load_video(_video_of(item)) for item in items]
+        videos = [load_video(video_of(item)) for item in items]
         found = images or None, videos or None
         if not return_video_kwargs:
             return found
@@ -327,13 +221,16 @@ class LocateAnythingProcessor(ProcessorMixin):
         if add_generation_prompt and continue_final_message:
             raise ValueError("continue_final_message and add_generation_prompt: got both; the last turn ends or not.")
         extras = {name: value for name, value in (("tools", tools), ("documents", documents)) if value is not None}
-        conversations, is_batch = _conversations(conversation)
+        conversations, is_batch = read_conversations(conversation)
         call = {**kwargs, **(processor_kwargs or {})}
         if return_tensors != "auto":
             call["return_tensors"] = return_tensors
         if chat_template is None:
             _refuse_unknown(extras, set(), "the model card's prompt")
-            texts = [self._prompt(c, add_generation_prompt, continue_final_message) for c in conversations]
+            texts = [
+                prompt_text(each, self._placeholders, add_generation_prompt, continue_final_message)
+                for each in conversations
+            ]
         else:
             extras.update((name, call.pop(name)) for name in kwargs if name not in _Options.KNOWN)
             texts = super().apply_chat_template(
@@ -344,7 +241,7 @@ class LocateAnythingProcessor(ProcessorMixin):
                 **extras,
             )
 
-        vision = [_Vision.of(c) for c in conversations]
+        vision = [Vision.of(c) for c in conversations]
         videos = [item for row in vision for item in row.videos]
         for name in ("fps", "timestamps"):
             told = [item.get(name) for item in videos]
@@ -360,49 +257,16 @@ class LocateAnythingProcessor(ProcessorMixin):
             texts,
             [self._plan(text, f"conversation {index}") for index, text in enumerate(texts)],
             [
-                [_Source(f"conversation {i}, image {k + 1}", item) for k, item in enumerate(row.images)]
+                [Source(f"conversation {i}, image {k + 1}", item) for k, item in enumerate(row.images)]
                 for i, row in enumerate(vision)
             ],
             [
-                [_Source(f"conversation {i}, video {k + 1}", _video_of(item)) for k, item in enumerate(row.videos)]
+                [Source(f"conversation {i}, video {k + 1}", video_of(item)) for k, item in enumerate(row.videos)]
                 for i, row in enumerate(vision)
             ],
             options,
         )
         return inputs if return_dict else inputs["input_ids"]
-
-    def _prompt(self, conversation: Sequence[Mapping[str, Any]], generate: bool, continue_final: bool = False) -> str:
-        # A user's text that names <image-1> puts the image there; other roles' texts do not.
-        named = {
-            placeholder[0]
-            for message in conversation
-            if message["role"] == "user"
-            for item in _items(message)
-            if _kind(item) == "text"
-            for placeholder in self._placeholder.finditer(_text(item))
-        }
-        counts = {self.image_placeholder: 0, self.video_placeholder: 0}
-        pieces = []
-        if conversation[0]["role"] != "system":
-            pieces.append(f"{_TURN_START}system\n{DEFAULT_SYSTEM}{_TURN_END}\n")
-        for message in conversation:
-            pieces.append(f"{_TURN_START}{message['role']}\n")
-            for item in _items(message):
-                kind = _kind(item)
-                if kind == "text":
-                    pieces.append(_text(item))
-                    continue
-                word = self.image_placeholder if kind == "image" else self.video_placeholder
-                counts[word] += 1
-                placeholder = f"<{word}-{counts[word]}>"
-                if placeholder not in named:
-                    pieces.append(placeholder)
-            pieces.append(f"{_TURN_END}\n")
-        if continue_final:
-            pieces.pop()
-        if generate:
-            pieces.append(_ANSWER_START)
-        return "".join(pieces)
 
     # ------------------------------------------------------------------------------------------ model inputs
 
@@ -447,13 +311,13 @@ class LocateAnythingProcessor(ProcessorMixin):
             raise ValueError("audio: got some; LocateAnything takes images and videos only.")
         texts = _texts(text)
         plans = [self._plan(row, f"text {index}") for index, row in enumerate(texts)]
-        pictures = _deal("images", _image_layout(images), [plan.images for plan in plans])
+        pictures = _deal("images", image_layout(images), [plan.images for plan in plans])
         clips = _deal("videos", _video_layout(videos), [plan.videos for plan in plans])
         return self._inputs(texts, plans, pictures, clips, options)
 
     def _plan(self, text: str, name: str) -> _Plan:
         numbers: dict[str, list[int]] = {self.image_placeholder: [], self.video_placeholder: []}
-        for placeholder in self._placeholder.finditer(text):
+        for placeholder in self._placeholders.pattern.finditer(text):
             number = int(placeholder[2])
             if number < 1:
                 raise ValueError(f"{name}: holds {placeholder[0]}; placeholders count from 1.")
@@ -474,8 +338,8 @@ class LocateAnythingProcessor(ProcessorMixin):
         self,
         texts: list[str],
         plans: list[_Plan],
-        images: list[list[_Source]],
-        videos: list[list[_Source]],
+        images: list[list[Source]],
+        videos: list[list[Source]],
         options: _Options,
     ) -> BatchFeature:
         for plan, pictures, clips in zip(plans, images, videos, strict=True):
@@ -495,17 +359,18 @@ class LocateAnythingProcessor(ProcessorMixin):
         data = self._tokenize([text for text, _ in rows], slots, options)
         shown = [image for _, row in rows for image in row]
         if shown:
-            # An image that stands at several places is preprocessed once.
-            distinct = {id(image): image for image in shown}
+            # equal pictures, at several places or in several rows, are preprocessed once
+            keys = [(image.size, blake2b(image.tobytes()).digest()) for image in shown]
+            distinct = dict(zip(keys, shown, strict=True))
             encoded = {key: self.image_processor.patchify(image) for key, image in distinct.items()}
-            patches, grids = zip(*(encoded[id(image)] for image in shown), strict=True)
+            patches, grids = zip(*map(encoded.__getitem__, keys), strict=True)
             data["pixel_values"] = torch.cat(patches)
             data["image_grid_hws"] = torch.tensor(grids, dtype=torch.long)
-        return _batch(data, options.return_tensors)
+        return as_batch(data, options.return_tensors)
 
-    def _frames(self, source: _Source, load: Callable[[Any], Any]) -> list[Image.Image]:
+    def _frames(self, source: Source, load: Callable[[Any], Any]) -> list[Image.Image]:
         loaded = source.load(load)
-        frames = loaded if _is_list(loaded) else [loaded]
+        frames = loaded if is_list(loaded) else [loaded]
         for frame in frames:
             self.image_processor.grid_of(frame.height, frame.width, source.name)
         return frames
@@ -537,7 +402,7 @@ class LocateAnythingProcessor(ProcessorMixin):
             shown.extend(frames)
             return "".join(word + self._slots_of(frame) for word, frame in zip(words, frames, strict=True))
 
-        return self._placeholder.sub(expansion, text), shown
+        return self._placeholders.pattern.sub(expansion, text), shown
 
     def _tokens_of(self, image: Image.Image) -> int:
         return self.image_processor.get_number_of_image_tokens(image.height, image.width)
@@ -622,7 +487,7 @@ class LocateAnythingProcessor(ProcessorMixin):
         outputs = getattr(outputs, "sequences", outputs)
         if isinstance(outputs, str):
             texts = [outputs]
-        elif _is_list(outputs) and all(isinstance(row, str) for row in outputs):
+        elif is_list(outputs) and all(isinstance(row, str) for row in outputs):
             texts = list(outputs)
         else:
             texts = [self.tokenizer.decode(row, skip_special_tokens=False) for row in _id_rows(outputs)]
@@ -640,20 +505,6 @@ class LocateAnythingProcessor(ProcessorMixin):
                 }
             )
         return found
-
-
-@dataclass(frozen=True)
-class _Source:
-    """An image or a video as it came, and what an error message calls it."""
-
-    name: str
-    value: Any
-
-    def load(self, load: Callable[[Any], Any]) -> Any:
-        try:
-            return load(self.value)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -724,37 +575,10 @@ class _Options:
         """The rate and the times of each of `videos` videos, None where they are not given."""
         rates = [self.fps] * videos if isinstance(self.fps, (int, float)) else self.fps
         for name, values in (("fps", rates), ("timestamps", self.timestamps)):
-            if values is not None and (not _is_list(values) or len(values) != videos):
+            if values is not None and (not is_list(values) or len(values) != videos):
                 raise ValueError(f"{name}: got {values!r}; expected a list of {videos}, one for each video.")
         none = [None] * videos
         return list(rates or none), list(self.timestamps or none)
-
-
-@dataclass(frozen=True)
-class _Vision:
-    """The items of a conversation that show something, in order of appearance."""
-
-    images: list[Mapping[str, Any]]
-    videos: list[Mapping[str, Any]]
-
-    @classmethod
-    def of(cls, conversation: Sequence[Mapping[str, Any]]) -> _Vision:
-        items = [item for message in conversation for item in _items(message)]
-        return cls(*([item for item in items if _kind(item) == kind] for kind in ("image", "video")))
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (np.ndarray, torch.Tensor))
-
-
-def _batch(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
-    if return_tensors == "np":
-        data = {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in data.items()}
-    return BatchFeature(data, tensor_type=return_tensors)
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Set[str], where: str) -> None:
@@ -765,59 +589,48 @@ def _refuse_unknown(given: Mapping[str, Any], known: Set[str], where: str) -> No
 
 def _texts(text: Any) -> list[str]:
     texts = [text] if isinstance(text, str) else text
-    if not _is_list(texts) or not all(isinstance(row, str) for row in texts):
+    if not is_list(texts) or not all(isinstance(row, str) for row in texts):
         raise ValueError(f"text: got {type(text).__name__}; expected a text or a list of texts.")
     if not texts:
         raise ValueError("text: got an empty list; a batch has at least one text.")
     return list(texts)
 
 
-def _image_layout(images: Any) -> tuple[list[Any], bool]:
-    """The images in a list, and whether it is a list of lists, one per text."""
-    if images is None:
-        return [], False
-    if _is_array(images) and images.ndim == 4:
-        return list(images), False
-    if not _is_list(images):
-        return [images], False
-    return list(images), any(map(_is_list, images))
-
-
 def _video_layout(videos: Any) -> tuple[list[Any], bool]:
     """The videos in a list, and whether it is a list of lists of videos, one per text."""
-    if videos is None or (_is_list(videos) and not videos):
+    if videos is None or (is_list(videos) and not videos):
         return [], False
-    if not _is_list(videos) or not any(map(_is_video, videos)):
+    if not is_list(videos) or not any(map(_is_video, videos)):
         return [videos], False
-    return list(videos), any(_is_list(row) and (not row or any(map(_is_video, row))) for row in videos)
+    return list(videos), any(is_list(row) and (not row or any(map(_is_video, row))) for row in videos)
 
 
 def _is_video(value: Any) -> bool:
-    return _is_list(value) or (_is_array(value) and value.ndim == 4)
+    return is_list(value) or (is_array(value) and value.ndim == 4)
 
 
-def _deal(name: str, layout: tuple[list[Any], bool], wanted: list[int]) -> list[list[_Source]]:
+def _deal(name: str, layout: tuple[list[Any], bool], wanted: list[int]) -> list[list[Source]]:
     """Each text's share of the images or videos, named by where they stand in the argument."""
     given, nested = layout
     if nested:
-        if len(given) != len(wanted) or not all(map(_is_list, given)):
+        if len(given) != len(wanted) or not all(map(is_list, given)):
             raise ValueError(f"{name}: got {len(given)} lists for {len(wanted)} texts; expected one list per text.")
-        return [[_Source(f"{name}[{i}][{k}]", value) for k, value in enumerate(row)] for i, row in enumerate(given)]
+        return [[Source(f"{name}[{i}][{k}]", value) for k, value in enumerate(row)] for i, row in enumerate(given)]
     if len(given) != sum(wanted):
         raise ValueError(
             f"{name}: got {len(given)}; the placeholders of the {len(wanted)} text(s) take {sum(wanted)} "
             f"({', '.join(map(str, wanted))}). Write <{name[:-1]}-1> where the first of a text belongs."
         )
-    sources = iter([_Source(f"{name}[{i}]", value) for i, value in enumerate(given)])
+    sources = iter([Source(f"{name}[{i}]", value) for i, value in enumerate(given)])
     return [list(islice(sources, count)) for count in wanted]
 
 
-def _captions(frames: int, rate: Any, times: Any, source: _Source) -> list[str]:
+def _captions(frames: int, rate: Any, times: Any, source: Source) -> list[str]:
     """What is written before each frame of a video; the first continues "The first video"."""
     if rate is not None and not isinstance(rate, (int, float)):
         raise ValueError(f"fps: got {rate!r} for {source.name}; expected frames per second or None.")
     if times is not None and not (
-        _is_list(times) and len(times) == frames and all(isinstance(time, (int, float)) for time in times)
+        is_list(times) and len(times) == frames and all(isinstance(time, (int, float)) for time in times)
     ):
         raise ValueError(f"timestamps: got {times!r} for {source.name}; expected {frames} numbers, one per frame.")
     names = [f"Frame-{i + 1}" + ("" if times is None else f"-{times[i]:.2f}s") + ": " for i in range(frames)]
@@ -831,69 +644,13 @@ def _ordinal(number: int) -> str:
     return ORDINALS[number - 1]
 
 
-def _conversations(messages: Any) -> tuple[list[list[Mapping[str, Any]]], bool]:
-    """The conversations of a call, checked, and whether it was a list of them."""
-    if not _is_list(messages) or not messages:
-        raise ValueError(f"messages: got {messages!r}; expected a list of messages, or a list of conversations.")
-    is_batch = _is_list(messages[0])
-    conversations = list(messages) if is_batch else [messages]
-    for index, conversation in enumerate(conversations):
-        if not _is_list(conversation) or not conversation:
-            raise ValueError(f"conversation {index}: got {conversation!r}; expected a list of messages.")
-        for message in conversation:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise ValueError(f"conversation {index}: got a message without a role; expected role and content.")
-            if not isinstance(message.get("content"), (str, list, tuple)):
-                raise ValueError(
-                    f"conversation {index}: the content of a {message['role']} message is a "
-                    f"{type(message.get('content')).__name__}; expected a text or a list of items."
-                )
-    return conversations, is_batch
-
-
-def _items(message: Mapping[str, Any]) -> Sequence[Any]:
-    content = message["content"]
-    return [content] if isinstance(content, str) else content
-
-
-def _kind(item: Any) -> str:
-    """text, image or video. Keys without a value do not count: datasets fill items up with them."""
-    if isinstance(item, str):
-        return "text"
-    if isinstance(item, Mapping):
-        named = item.get("type")
-        for kind, keys in (("image", ("image", "image_url")), ("video", ("video",)), ("text", ("text",))):
-            if any(item.get(key) is not None for key in keys):
-                return kind
-        if named in ("image", "image_url"):
-            return "image"
-        if named in ("video", "text"):
-            return named
-    shown = sorted(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
-    raise ValueError(f"content: got an item {shown}; expected a text, or a dict with a text, an image or a video.")
-
-
-def _text(item: str | Mapping[str, Any]) -> str:
-    text = item if isinstance(item, str) else item.get("text", "")
-    if not isinstance(text, str):
-        raise ValueError(f"content: the text of an item is a {type(text).__name__}; expected a string.")
-    return text
-
-
-def _video_of(item: Mapping[str, Any]) -> Any:
-    for key in ("video", "url", "path"):
-        if item.get(key) is not None:
-            return item[key]
-    raise ValueError(f"content: got a video item with the keys {sorted(map(str, item))}; expected its frames.")
-
-
 def _id_rows(outputs: Any) -> list[list[int]]:
-    rows = outputs.tolist() if _is_array(outputs) else outputs
-    if _is_list(rows):
-        rows = [row.tolist() if _is_array(row) else row for row in rows]
+    rows = outputs.tolist() if is_array(outputs) else outputs
+    if is_list(rows):
+        rows = [row.tolist() if is_array(row) else row for row in rows]
         if all(isinstance(row, int) for row in rows):
             rows = [rows] if rows else []
-        if all(_is_list(row) and all(isinstance(index, int) for index in row) for row in rows):
+        if all(is_list(row) and all(isinstance(index, int) for index in row) for row in rows):
             return [list(row) for row in rows]
     raise ValueError(f"outputs: got {type(outputs).__name__}; expected token ids [rows, length] or lists of them.")
 
@@ -901,23 +658,23 @@ def _id_rows(outputs: Any) -> list[list[int]]:
 def _sizes(target_sizes: Any, rows: int) -> list[tuple[float, float]]:
     if target_sizes is None:
         return [(1, 1)] * rows
-    sizes = target_sizes.tolist() if _is_array(target_sizes) else target_sizes
-    if not _is_list(sizes) or len(sizes) != rows:
+    sizes = target_sizes.tolist() if is_array(target_sizes) else target_sizes
+    if not is_list(sizes) or len(sizes) != rows:
         raise ValueError(f"target_sizes: got {sizes!r} for {rows} row(s); expected one (height, width) per row.")
     checked = []
     for size in sizes:
-        pair = size.tolist() if _is_array(size) else size
-        if not _is_list(pair) or len(pair) != 2 or not all(isinstance(s, (int, float)) and s > 0 for s in pair):
+        pair = size.tolist() if is_array(size) else size
+        if not is_list(pair) or len(pair) != 2 or not all(isinstance(s, (int, float)) and s > 0 for s in pair):
             raise ValueError(f"target_sizes: got {size!r}; expected (height, width) in pixels.")
         checked.append((pair[0], pair[1]))
     return checked
 
 
 def _answer_of(text: str) -> str:
-    _, opening, answer = text.rpartition(_ANSWER_START)
-    if not opening and _TURN_START in text:  # a prompt without an answer
+    _, opening, answer = text.rpartition(ANSWER_START)
+    if not opening and TURN_START in text:  # a prompt without an answer
         return ""
-    return answer.partition(_TURN_END)[0]
+    return answer.partition(TURN_END)[0]
 
 
 __all__ = ["LocateAnythingImageProcessor", "LocateAnythingProcessor"]

@@ -54,7 +54,7 @@ def fill_randomly(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             flat = parameter.view(-1)
-            if "norm" in name and name.endswith("weight") or name == "mlp1.0.weight":
+            if ("norm" in name and name.endswith("weight")) or name == "mlp1.0.weight":
                 flat.fill_(1)
                 continue
             for start in range(0, flat.numel(), noise.numel()):
@@ -182,7 +182,8 @@ def decoder_bytes(model: Any) -> int:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip() or "unknown",

@@ -3,7 +3,8 @@
     python benchmarks/equivalence.py                                         # the embedded checkpoint and pictures
     python benchmarks/equivalence.py MODEL IMAGE [IMAGE …] [--stock DIR_OR_ID] [--dtype bfloat16] [--device cuda]
 
-MODEL is a folder or hub id in the official format; it is loaded with this clone's code. Five parts, each in every mode, greedy, at repetition penalty 1.0 and 1.15:
+MODEL is a folder or hub id in the official format; it is loaded with this clone's code. Five parts, each in every
+mode, greedy, at repetition penalty 1.0 and 1.15:
 
   A  one row against the stock's own generate (with --stock, under the transformers the stock needs)
   B  identical rows against the row alone
@@ -23,6 +24,7 @@ import random
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from grounding import build_question, parse_answer
-from media import load_image
-from upload_to_hub import assemble
+from grounding import build_question, parse_answer  # noqa: E402 (modules of the clone)
+from media import load_image  # noqa: E402
+from upload_to_hub import assemble  # noqa: E402
 
 MODES = ("hybrid", "fast", "slow")
 PENALTIES = (1.0, 1.15)
@@ -56,12 +58,12 @@ class Part:
 
 
 def largest_delta(one: str, other: str) -> int:
-    """Largest difference in thousandths between boxes in the same place of two answers; 1000 if their counts differ."""
-    boxes, others = parse_answer(one), parse_answer(other)
-    if len(boxes) != len(others) or any(len(a.coordinates) != len(b.coordinates) for a, b in zip(boxes, others)):
+    """Largest difference in thousandths between boxes in one place of two answers; 1000 if their shapes differ."""
+    boxes, others = ([item.coordinates for item in parse_answer(text)] for text in (one, other))
+    if [len(box) for box in boxes] != [len(box) for box in others]:
         return 1000
-    pairs = zip(boxes, others, strict=True)
-    return max((abs(x - y) for a, b in pairs for x, y in zip(a.coordinates, b.coordinates, strict=True)), default=0)
+    pairs = zip(chain(*boxes), chain(*others), strict=True)
+    return max((abs(x - y) for x, y in pairs), default=0)
 
 
 class Subject:
@@ -98,7 +100,9 @@ class Subject:
         return self.memory[key]
 
 
-def compare(subject: Subject, stock: Subject | None, images: list[Any], new_tokens: int) -> dict[str, dict[float, Part]]:
+def compare(
+    subject: Subject, stock: Subject | None, images: list[Any], new_tokens: int
+) -> dict[str, dict[float, Part]]:
     results = {name: {penalty: Part() for penalty in PENALTIES} for name in "ABCDE"}
     draw = random.Random(0)
     questions = [build_question("detect", query) for query in QUERIES]
@@ -150,7 +154,8 @@ def main() -> int:
         results = compare(subject, stock, images, arguments.new_tokens)
 
     failed = False
-    print(f"{arguments.model}, {len(images)} images, {arguments.dtype}, {arguments.device}, greedy, {', '.join(MODES)}")
+    what = (arguments.model, f"{len(images)} images", arguments.dtype, arguments.device, "greedy", *MODES)
+    print(", ".join(what))
     for name, by_penalty in results.items():
         for penalty, part in by_penalty.items():
             if not part.rows:

@@ -14,6 +14,7 @@ import argparse
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -156,8 +157,9 @@ def main() -> None:
     device = torch.device(arguments.device)
     model = random_model(arguments.scale, getattr(torch, arguments.dtype), arguments.device)
     stages = Stages(model)
-    from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
     from transformers import Qwen2TokenizerFast
+
+    from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
 
     processor = LocateAnythingProcessor(
         LocateAnythingImageProcessor.from_pretrained(DEMO), Qwen2TokenizerFast.from_pretrained(DEMO)
@@ -173,7 +175,8 @@ def main() -> None:
     for workload in WORKLOADS if arguments.workload == "all" else [arguments.workload]:
         for batch in map(int, arguments.batch.split(",")):
             images, questions, limits = rows_of(workload, batch, size, arguments.new_tokens)
-            prepare_seconds, inputs = timed(lambda: preprocess(processor, images, questions, model), device, 1)
+            prepare = partial(preprocess, processor, images, questions, model)
+            prepare_seconds, inputs = timed(prepare, device, 1)
             settings = {"generation_mode": arguments.mode, "return_dict_in_generate": True}
 
             def ours(inputs=inputs, limits=limits, settings=settings):
@@ -219,13 +222,15 @@ def main() -> None:
             parts["rest"] = seconds - sum(measured.values())
             print("  " + "  ".join(f"{name} {part:.2f} s" for name, part in parts.items()))
             print(
-                f"  {record['rows_per_second']:.3f} rows/s  {record['boxes_per_second']:.2f} boxes/s  {forwards} forwards  "
-                f"{record['tokens_per_forward']:.2f} tokens/forward  peak +{peak.bytes / 1e9:.2f} GB  "
+                f"  {record['rows_per_second']:.3f} rows/s  {record['boxes_per_second']:.2f} boxes/s  "
+                f"{forwards} forwards  {record['tokens_per_forward']:.2f} tokens/forward  "
+                f"peak +{peak.bytes / 1e9:.2f} GB  "
                 f"step {record['step_ms']:.1f} ms = {record['step_ms'] / record['floor_ms']:.1f} × floor"
             )
             for name in ("loop", "stock"):
                 if f"{name}_speedup" in record:
-                    print(f"  {record[f'{name}_speedup']:.2f} × the {'single-row' if name == 'loop' else 'stock'} loop")
+                    what = "single-row" if name == "loop" else "stock"
+                    print(f"  {record[f'{name}_speedup']:.2f} × the {what} loop")
 
 
 if __name__ == "__main__":
