@@ -672,8 +672,8 @@ def folder(tmp_path_factory):
     for file in CHECKPOINTS["shapes"].iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, folder)
-    for name in ("configuration.py", "processing.py", "media.py", "grounding.py"):
-        shutil.copy(ROOT / name, folder)
+    for name in ("configuration", "processing", "image_processing", "conversations", "media", "grounding"):
+        shutil.copy(ROOT / f"{name}.py", folder)
     maps = {
         "AutoImageProcessor": "processing.LocateAnythingImageProcessor",
         "AutoProcessor": "processing.LocateAnythingProcessor",
