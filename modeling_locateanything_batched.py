@@ -9,7 +9,6 @@ answered as the stock model would answer it alone (decoding.md).
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -306,8 +305,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             generator: draws for all rows, or a list with one per row (of the answer, after `num_return_sequences`);
                 then a row's draws do not depend on its neighbours.
             streamer: gets prompt and tokens of a single row.
-            max_batch_rows: rows decoded at a time, 32 by default or as many as half of the free memory holds; the
-                others wait for a place.
+            max_batch_rows: rows decoded at a time, 32 by default, or on CUDA as many as half of the free memory holds;
+                the others wait for a place.
             decode_graphs: capture decode steps as CUDA graphs, at the first use of each shape in this call; by
                 default where the model is on one CUDA device. Where capture fails, steps run as they are.
             tokenizer: given, the answer is text, as the stock's generate returns it (decoding.md §6).
@@ -401,13 +400,10 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         width = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
         size = tokens * width * self.dtype.itemsize
-        if device.type == "cuda":
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            free = torch.cuda.mem_get_info(device)[0] + unused
-        elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        else:
-            return ROWS_A_STEP
+        if device.type != "cuda":
+            return ROWS_A_STEP  # pages of a cache on CPU are taken as rows come to need them
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
         return max(1, min(ROWS_A_STEP, int(free // 2 // size)))
 
     def _captures(self, decode_graphs: bool | None, device: torch.device) -> bool:
