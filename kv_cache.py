@@ -10,9 +10,11 @@ keys and visibility.
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -26,6 +28,14 @@ def round_up(n: int, multiple: int = KEY_BLOCK) -> int:
     return -(-n // multiple) * multiple
 
 
+def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Zeros of `like`'s dtype and device; on CPU such that memory is taken when it is first written."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    # numpy asks the system for zeroed pages, torch writes them; a row's limit is mostly far above its answer
+    return torch.from_numpy(np.zeros(math.prod(shape) * like.itemsize, np.uint8)).view(like.dtype).view(shape)
+
+
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one decoder layer, `[slots, kv_heads, capacity, head_dim]`, allocated at the first write."""
 
@@ -36,8 +46,8 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         _, heads, _, head_dim = key_states.shape
         # Zeros, not empty: a masked key still meets its value as 0 × value, which must not be NaN.
-        self.keys = key_states.new_zeros(self.slots, heads, self.capacity, head_dim)
-        self.values = torch.zeros_like(self.keys)
+        shape = (self.slots, heads, self.capacity, head_dim)
+        self.keys, self.values = zeros(shape, key_states), zeros(shape, key_states)
         self.is_initialized = True
 
     def update(self, key_states, value_states, step, *args, **kwargs):

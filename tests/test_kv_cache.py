@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locateanything.kv_cache import KEY_BLOCK, DecodeStep, PrefillStep, SlotKVCache, Stretch
+from locateanything.kv_cache import KEY_BLOCK, DecodeStep, PrefillStep, SlotKVCache, Stretch, zeros
 
 ROW = st.tuples(st.integers(1, 40), st.integers(1, 6), st.booleans()).map(
     lambda row: (row[0] + row[1], row[0], row[2])  # committed, cached, autoregressive
@@ -118,3 +121,21 @@ def test_slots_move_and_clear():
     cache.clear(1, 2, 5)
     for layer in cache.layers:
         assert layer.keys[1, :, :2].all() and not layer.keys[1, :, 2:].any() and not layer.values[1, :, 2:].any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cache_on_cpu_takes_memory_as_rows_write_it(dtype):
+    """A row's limit, 2048 new tokens by default, is far above most answers."""
+    shape = (32, 2, 4096, 128)
+    before = resident()
+    cache = zeros(shape, torch.empty(0, dtype=dtype))
+    assert cache.shape == shape and cache.dtype == dtype and cache.is_contiguous()
+    assert resident() - before < cache.numel() * cache.element_size() / 4
+    assert not cache[3].any()
+    cache[0, :, :5] = 1
+    assert cache.sum() == 2 * 5 * 128
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
