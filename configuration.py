@@ -135,11 +135,11 @@ class LocateAnythingConfig(PretrainedConfig):
             text_config = Qwen2Config(**_TEXT_3B)
         elif isinstance(text_config, dict):
             _refuse_other_tower(text_config.get("model_type", "qwen2"))
-            text_config = Qwen2Config(**text_config)
+            text_config = Qwen2Config(**_without_magi(text_config))
         if vision_config is None:
             vision_config = MoonViTConfig()
         elif isinstance(vision_config, dict):
-            vision_config = MoonViTConfig(**vision_config)
+            vision_config = MoonViTConfig(**_without_magi(vision_config))
         if mlp_connector_layers != 2:
             raise ValueError(f"mlp_connector_layers={mlp_connector_layers}: the projector of this model has 2 layers.")
 
@@ -158,7 +158,7 @@ class LocateAnythingConfig(PretrainedConfig):
 
         pad_token_id = kwargs.pop("pad_token_id", None)
         tie_word_embeddings = kwargs.pop("tie_word_embeddings", text_config.tie_word_embeddings)
-        # The published file says "magi", which is training's kernel: the setter below reads it as the default.
+        kwargs = _without_magi(kwargs)
         attention = kwargs.pop("_attn_implementation", None)
         kwargs["attn_implementation"] = kwargs.pop("attn_implementation", None) or attention
         super().__init__(**kwargs)
@@ -216,6 +216,11 @@ class LocateAnythingConfig(PretrainedConfig):
                 f"coord_start_token_id={roles['coord_start']} … coord_end_token_id={roles['coord_end']} must span the "
                 "1001 coordinates 0…1000."
             )
+
+
+def _without_magi(config: dict[str, Any]) -> dict[str, Any]:
+    """The published file asks for "magi", training's kernel, under one name or another; it means the default here."""
+    return {name: value for name, value in config.items() if value != "magi" or "attn_implementation" not in name}
 
 
 def _refuse_other_tower(model_type: str) -> None:
