@@ -248,7 +248,9 @@ class GenerationLoop:
             self.committed[slot], self.cached[slot] = row.committed, row.committed - 1
             self.autoregressive[slot] = row.autoregressive
             self.hybrid[slot] = row.settings.mode == "hybrid"
-        for entries in plan(contents, self.residents):
+        for planned in plan(contents, self.residents):
+            # NaN in one picture spreads to the tokens before it (0 × NaN under the causal mask): it must not be shared
+            entries = [entry if self.is_sound(entry) else Entry(entry.slot, entry.length) for entry in planned]
             for entry in entries:
                 kept = entry.shared if entry.donor == entry.slot else 0
                 self.cache.clear(entry.slot, kept, self.written[entry.slot])
@@ -260,6 +262,9 @@ class GenerationLoop:
             row.cached = row.committed - 1
             self.residents[slot] = contents[slot]
             self.features.release(row.index)
+
+    def is_sound(self, entry: Entry) -> bool:
+        return not entry.shared or self.cache.is_finite(entry.donor, entry.shared)
 
     def prefill(self, group: list[Entry], contents: dict[int, np.ndarray]) -> None:
         """One packed pass over what of these rows' prompts is not shared."""
@@ -304,6 +309,17 @@ class GenerationLoop:
         hidden = self.model.decode(self.model.embed_prompt(ids, []), step, self.cache)
         return self.model.logits(hidden[step.lines.to(hidden.device)])
 
+    def hold_back(self, logits: torch.Tensor, slots: list[int]) -> torch.Tensor:
+        """Forbids the end to rows that are to grow longer: in a window only its first token can end a row."""
+        short = [
+            place for place, slot in enumerate(slots) if self.active[slot].committed < self.active[slot].settings.least
+        ]
+        if short:
+            ends = torch.tensor([self.roles.end, self.roles.null, *self.stops], device=self.device)
+            logits = logits.clone()
+            logits[self.at(short)[:, None], 0, ends] = float("-inf")
+        return logits
+
     def lines_of(self, logits: torch.Tensor, slots: list[int], width: int) -> torch.Tensor:
         """The logits `[rows, width, V]` of the rows in `slots`."""
         if len(slots) * width == len(logits):
@@ -338,6 +354,7 @@ class GenerationLoop:
         Returns:
             probabilities `[rows, width, V]`, tokens `[rows, width]` (argmax, or a draw where the row samples).
         """
+        logits = self.hold_back(logits, slots)
         groups: dict[tuple, list[int]] = defaultdict(list)
         for place, slot in enumerate(slots):
             row = self.active[slot]
@@ -414,7 +431,7 @@ class GenerationLoop:
         if not self.stops and not self.criteria:
             return new
         for count, token in enumerate(new, 1):
-            if token in self.stops:
+            if token in self.stops and row.committed + count > row.settings.least:
                 row.done = True
             elif self.criteria:
                 ids = torch.tensor([row.tokens + new[:count]], device=self.device)

@@ -87,6 +87,11 @@ class SlotKVCache(Cache):
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
 
+    def is_finite(self, slot: int, length: int) -> bool:
+        """Whether the first `length` places hold numbers only. NaN anywhere in a token's pass reaches the last layer."""
+        last = self.layers[-1]
+        return bool(last.keys[slot, :, :length].isfinite().all() and last.values[slot, :, :length].isfinite().all())
+
     def clear(self, slot: int, start: int, stop: int) -> None:
         """Zeroes places of a slot, so that nothing of its last row, NaN say, reaches the next one."""
         for layer in self.layers if start < stop else ():

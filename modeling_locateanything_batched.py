@@ -77,8 +77,12 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         ValueError: a text tower other than Qwen2 in the config.
     """
 
-    # 5.x reads the mapping, 4.57 its keys
-    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+    # of the kind that the decoder's own is: 5.x maps to what a weight is tied to, 4.57 lists what is tied
+    _tied_weights_keys = (
+        {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+        if isinstance(Qwen2ForCausalLM._tied_weights_keys, dict)
+        else ["language_model.lm_head.weight"]
+    )
 
     def __init__(self, config: LocateAnythingConfig):
         if not isinstance(config.text_config, Qwen2Config):
@@ -297,8 +301,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             generation_mode: "hybrid", "fast" or "slow"; one for all, or a list with one per row.
             generation_config and keyword arguments: transformers'. `temperature`, `do_sample`, `top_p`, `top_k`,
                 `repetition_penalty`, `max_new_tokens` and `max_length` may be lists with one value per row.
-                `max_length` counts a row's own tokens, without padding. A temperature above 0 samples; the default is
-                greedy. `eos_token_id` adds ids that end a row to the model's own end of turn.
+                `max_length` counts a row's own tokens, without padding. A `temperature=` above 0 samples; the default
+                is greedy. `eos_token_id` adds ids that end a row to the model's own end of turn.
             logits_processor: called per row with `input_ids` `[6, n]` (its committed tokens, once for each window
                 slot; `[1, n]` in a next-token step) and `scores` `[6, V]` float32.
             stopping_criteria: asked after every accepted token of every row, with `input_ids` `[1, n]`.
@@ -309,7 +313,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
                 the others wait for a place.
             decode_graphs: capture decode steps as CUDA graphs, at the first use of each shape in this call; by
                 default where the model is on one CUDA device. Where capture fails, steps run as they are.
-            tokenizer: given, the answer is text, as the stock's generate returns it (decoding.md §6).
+            tokenizer: given, the answer is text, as the stock's generate returns it (decoding.md §6); but with
+                `stop_strings`, which need it too, the result is that of transformers.
             verbose: with `tokenizer`, also the history and a line of statistics.
 
         Returns:
@@ -331,6 +336,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             raise ValueError(f"n_future_tokens={n_future_tokens}: this model predicts {WINDOW} tokens at a time.")
         if verbose and tokenizer is None:
             raise ValueError("verbose=True returns texts and needs tokenizer=; got none.")
+        # transformers' own stop_strings come with a tokenizer too, and with its contract
+        as_text = tokenizer is not None and (verbose or kwargs.get("stop_strings") is None)
         device = self._place_of(self.get_input_embeddings())
         prompts = read_prompts(input_ids if inputs is None else inputs, attention_mask, self.config, device)
         cap = self.config.text_config.max_position_embeddings
@@ -340,16 +347,13 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             given=generation_config,
             default=self.generation_config,
             arguments=kwargs,
-            stock_call=tokenizer is not None,
+            stock_call=as_text,
             length_cap=min(cap, getattr(tokenizer, "model_max_length", cap)),
             end_token_id=self.config.token_roles.end,
             pad_token_id=self.config.pad_token_id,
         )
         features = PromptFeatures(self, prompts, pixel_values, image_grid_hws, visual_features)
         criteria = self._get_stopping_criteria(call.config, stopping_criteria or StoppingCriteriaList(), tokenizer)
-        # only now, for processors that hold the end back (min_new_tokens): criteria leave ends to the loop
-        call.config._eos_token_tensor = torch.tensor([self.config.token_roles.end, *call.stops], device=device)
-
         repeats = call.num_return_sequences
         generators = self._generators(generator, len(prompts.rows) * repeats)
         if streamer is not None and len(generators) > 1:
@@ -358,7 +362,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             raise ValueError(f"max_batch_rows={max_batch_rows}: expected 1 or more.")
         rows = []
         for index, own_generator in enumerate(generators):
-            prompt = prompts.rows[index // repeats]
+            prompt, settings = prompts.rows[index // repeats], call.rows[index // repeats]
+            call.config.max_length = settings.limit
             # transformers' factory builds whatever else the config asks for, some of it by prompt length
             processors = self._get_logits_processor(
                 generation_config=call.config,
@@ -369,7 +374,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
                 device=device,
                 model_kwargs={},
             )
-            rows.append(Row(index, prompt, call.rows[index // repeats], processors, own_generator))
+            rows.append(Row(index, prompt, settings, processors, own_generator))
 
         loop = GenerationLoop(
             self,
@@ -386,7 +391,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             graphs=self._captures(decode_graphs, device),
         )
         rows = loop.run()
-        if tokenizer is not None:
+        if as_text:
             return self._as_text(rows, tokenizer, verbose, started)
         sequences = self._as_sequences(rows, prompts, repeats, call.pad_token_id)
         if not call.return_dict:

@@ -142,6 +142,8 @@ class PromptFeatures:
         self.sizes: list[tuple[int, int]] = []
         vision = model.config.vision_config
         if isinstance(visual_features, torch.Tensor):
+            hidden = model.config.text_config.hidden_size
+            _require_width([visual_features], hidden, "visual_features (one tensor: projected)")
             # one stretch of projected features: each row's part counts as one image
             if sum(prompts.slots) != len(visual_features):
                 _refuse_count(sum(prompts.slots), len(visual_features), "visual_features")
@@ -149,6 +151,8 @@ class PromptFeatures:
             self.tokens = [len(feature) for feature in self.given]
         elif visual_features is not None:
             self.given = list(visual_features)
+            merged = vision.hidden_size * vision.merge_kernel_size[0] * vision.merge_kernel_size[1]
+            _require_width(self.given, merged, "visual_features (a list: the vision tower's, one per image)")
             self.tokens = [len(feature) for feature in self.given]
         elif pixel_values is not None:
             if not isinstance(pixel_values, torch.Tensor):
@@ -260,6 +264,12 @@ def images_by_row(slots: list[int], tokens: list[int]) -> list[list[int]]:
     if image < len(tokens):
         _refuse_count(sum(slots), sum(tokens), f"{len(tokens)} images")
     return rows
+
+
+def _require_width(features: list[torch.Tensor], width: int, what: str) -> None:
+    for feature in features:
+        if feature.dim() != 2 or feature.shape[1] != width:
+            raise ValueError(f"{what} have the shape {list(feature.shape)}; expected [tokens, {width}].")
 
 
 def _refuse_count(slots: int, tokens: int, of: str) -> None:

@@ -17,6 +17,12 @@ MODES = ("hybrid", "fast", "slow")
 DEFAULT_NEW_TOKENS = 2048  # decoding.md §6
 _PER_ROW = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_length")
 _ONE_FORWARD = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# transformers' options for other ways of decoding, which would have no effect here
+_WITHOUT_EFFECT = (
+    *("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "guidance_scale", "penalty_alpha"),
+    *("dola_layers", "prompt_lookup_num_tokens", "num_beam_groups", "force_words_ids", "constraints"),
+    *("cache_implementation", "diversity_penalty", "assistant_early_exit", "synced_gpus"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RowSettings:
-    """mode: one of `MODES`. limit: the row decodes while it holds fewer tokens, prompt included."""
+    """mode: one of `MODES`. limit: the row decodes while it holds fewer tokens, prompt included.
+
+    least: tokens, prompt included, before which its end is held back.
+    """
 
     mode: str
     limit: int
     recipe: Recipe
+    least: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,10 @@ def resolve(
 
     per_row = {name: arguments.pop(name) for name in _PER_ROW if arguments.get(name) is not None}
     per_row = {name: _per_row(name, value, rows) for name, value in per_row.items()}
-    spoken = _what_speaks(given, default)
-    config = _config(given or default, {k: v for k, v in arguments.items() if v is not None or k in _PER_ROW})
+    # the stock does not look at the model's generation config
+    spoken = {} if stock_call and given is None else _what_speaks(given, default)
+    config = _config(given or default, {name: value for name, value in arguments.items() if value is not None})
+    least, least_new = config.min_length or 0, config.min_new_tokens or 0
 
     def value(name: str, row: int) -> Any:
         return per_row[name][row] if name in per_row else spoken.get(name)
@@ -104,7 +116,8 @@ def resolve(
     for row, (mode, prompt) in enumerate(zip(modes, prompt_lengths, strict=True)):
         own = {name: value(name, row) for name in _PER_ROW}
         explicit = {name for name in _PER_ROW if name in per_row}
-        settings.append(RowSettings(mode, _limit(own, prompt, length_cap, row), _recipe(own, explicit, stock_call)))
+        limit, recipe = _limit(own, prompt, length_cap, row), _recipe(own, explicit, stock_call)
+        settings.append(RowSettings(mode, limit, recipe, max(least, prompt + least_new if least_new else 0)))
 
     sequences = 1 if config.num_return_sequences is None else config.num_return_sequences
     if not isinstance(sequences, int) or sequences < 1:
@@ -114,8 +127,9 @@ def resolve(
     pad = config.pad_token_id
     # what the rows' settings and the rules already do must not be done a second time by transformers' factories
     config.eos_token_id = config.max_length = config.max_new_tokens = None
+    config.min_length = config.min_new_tokens = None
     config._eos_token_tensor = None
-    config.do_sample, config.repetition_penalty = False, 1.0
+    config.do_sample, config.repetition_penalty, config.num_beams = False, 1.0, 1
     return CallSettings(
         rows=settings,
         stops=frozenset([stops] if isinstance(stops, int) else stops) - {end_token_id},
@@ -150,6 +164,11 @@ def _what_speaks(given: GenerationConfig | None, default: GenerationConfig) -> d
 
 def _config(base: GenerationConfig, arguments: dict[str, Any]) -> GenerationConfig:
     config = copy.deepcopy(base)
+    untouched = GenerationConfig()
+    for name in _WITHOUT_EFFECT:
+        asked = arguments.pop(name, getattr(config, name, None))
+        if asked and asked != getattr(untouched, name, None):
+            raise ValueError(f"{name}={asked!r} is not supported: it has no meaning for this model's decoding.")
     unknown = [name for name in arguments if not hasattr(config, name)]
     if unknown:
         known = [*vars(config), *_PER_ROW, "generation_mode", "pixel_values", "image_grid_hws", "visual_features"]
@@ -166,14 +185,22 @@ def _config(base: GenerationConfig, arguments: dict[str, Any]) -> GenerationConf
     return config
 
 
+def _number(name: str, value: Any, whole: bool = False) -> None:
+    """Refuses what is no number, or no whole one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and int(value) != value):
+        raise ValueError(f"{name}={value!r}: expected a {'whole ' if whole else ''}number.")
+
+
 def _limit(own: dict[str, Any], prompt: int, cap: int, row: int) -> int:
     if own["max_new_tokens"] is not None:
         new = own["max_new_tokens"]
+        _number("max_new_tokens", new, whole=True)
         if new < 1:
             raise ValueError(f"max_new_tokens={new}: expected 1 or more.")
         limit = prompt + int(new)
     else:
         limit = own["max_length"] if own["max_length"] is not None else prompt + DEFAULT_NEW_TOKENS
+        _number("max_length", limit, whole=True)
     limit = min(int(limit), cap)
     if prompt >= limit:
         raise ValueError(f"row {row}: its prompt has {prompt} tokens, at or over the length limit of {limit}.")
@@ -195,13 +222,21 @@ def _recipe(own: dict[str, Any], explicit: set[str], stock_call: bool) -> Recipe
         # filters change a greedy row's thresholds, so only who asked for them by argument gets them
         top_p = top_p if "top_p" in explicit and not refused else None
         top_k = top_k if "top_k" in explicit and not refused else None
+    for name, value in (
+        ("temperature", temperature),
+        ("repetition_penalty", penalty),
+        ("top_p", top_p),
+        ("top_k", top_k),
+    ):
+        if value is not None:
+            _number(name, value, whole=name == "top_k")
     if not temperature >= 0 or temperature == float("inf"):
         raise ValueError(f"temperature={temperature}: expected 0 (greedy) or a positive number.")
     if not penalty > 0:
         raise ValueError(f"repetition_penalty={penalty}: expected a positive number, 1.0 for none.")
     if top_p is not None and not top_p >= 0:
         raise ValueError(f"top_p={top_p}: expected a number from 0 to 1.")
-    if top_k is not None and (top_k < 0 or int(top_k) != top_k):
+    if top_k is not None and top_k < 0:
         raise ValueError(f"top_k={top_k}: expected a whole number, 0 for no filter.")
     return Recipe(
         repetition_penalty=float(penalty),

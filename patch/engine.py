@@ -22,8 +22,8 @@ def unwrapped(model: Any) -> Any:
 class Engine:
     """The drop-in model, built on the meta device, with the stock model's modules in the place of its own.
 
-    Modules are looked up again before each use, so that adapters put in or taken out later are seen; values and devices
-    are the modules' own affair.
+    Modules are looked up again before each use, so that adapters put in or taken out later are seen; values and
+    devices are the modules' own affair.
 
     Args:
         stock: a loaded stock model. source: folder or hub id of the drop-in's code.
@@ -55,8 +55,8 @@ class Engine:
         devices = {parameter.device for parameter in self.shadow.parameters()}
         if len(devices) != 1:
             raise ValueError(
-                f"patch: the model's modules are on {sorted(map(str, devices))}; a patched model must be on one device. "
-                "Load the drop-in itself for device_map."
+                f"patch: the model's modules are on {sorted(map(str, devices))}; a patched model must be on one device, "
+                "the drop-in itself need not be."
             )
         (device,) = devices
         rotary = self.shadow.language_model.model.rotary_emb

@@ -215,10 +215,35 @@ def test_other_processors_of_the_config_work(batch):
     banned = batch.cases[0]["output_ids"][1]
     output = batch.model.generate(**batch.inputs, suppress_tokens=[banned], max_new_tokens=30)
     assert banned not in output[:, batch.input_ids.shape[1] :]
-    longer = batch.model.generate(**batch.inputs, generation_mode="slow", min_new_tokens=40, max_new_tokens=60)
-    end = batch.model.config.text_config.eos_token_id
-    new = longer[:, batch.input_ids.shape[1] :]
-    assert new.shape[1] >= 40 and all(end not in row[:39] for row in new.tolist())
+    forced = batch.model.generate(**batch.inputs, generation_mode="slow", max_new_tokens=5, forced_eos_token_id=3)
+    assert forced[:, -1].tolist() == [3] * 4
+    only = batch.model.generate(**batch.inputs, prefix_allowed_tokens_fn=lambda row, ids: [417], max_new_tokens=9)
+    assert only[:, batch.input_ids.shape[1] :].tolist() == [[417]] * 4
+
+
+@pytest.mark.parametrize("mode", ["fast", "slow"])
+def test_min_new_tokens_holds_the_end_back(mode):
+    cases = greedy(mode, 4)
+    batch = Batch("shapes", cases)
+    end, pad = batch.model.config.text_config.eos_token_id, batch.model.config.pad_token_id
+    for least in ({"min_new_tokens": 60}, {"min_length": batch.input_ids.shape[1] + 60}):
+        output = batch.model.generate(**batch.inputs, generation_mode=mode, max_new_tokens=80, **least)
+        new = output[:, batch.input_ids.shape[1] :].tolist()
+        assert all(pad not in row[:60] for row in new)
+        if mode == "slow":
+            assert all(end not in row[:59] for row in new)
+    short = batch.model.generate(**batch.inputs, generation_mode=mode, min_new_tokens=3)
+    assert batch.answers(short) == batch.expected(), "nothing is held back from rows that are long enough"
+
+
+def test_a_stock_call_does_not_look_at_the_models_generation_config(lone):
+    default = lone.model.generation_config
+    try:
+        lone.model.generation_config = GenerationConfig(do_sample=True, temperature=9.0, max_new_tokens=3)
+        text = lone.model.generate(**lone.inputs, generation_mode="slow", tokenizer=tokenizer_of("shapes"))
+    finally:
+        lone.model.generation_config = default
+    assert text == lone.cases[0]["output"]
 
 
 # ---- callbacks
@@ -283,8 +308,12 @@ def test_criteria_stop_a_row_at_the_very_token(mode):
 
 def test_stop_strings_and_max_time(batch):
     tokenizer = tokenizer_of("shapes")
-    texts = batch.model.generate(**batch.inputs, tokenizer=tokenizer, stop_strings=["</box>"])
-    assert texts == [case["output"][: case["output"].index("</box>") + 6] for case in batch.cases]
+    expected = [case["output"][: case["output"].index("</box>") + 6] for case in batch.cases]
+    output = batch.model.generate(**batch.inputs, tokenizer=tokenizer, stop_strings=["</box>"])
+    texts = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :])
+    assert [text.replace(tokenizer.pad_token, "") for text in texts] == expected
+    texts, _, _ = batch.model.generate(**batch.inputs, tokenizer=tokenizer, stop_strings=["</box>"], verbose=True)
+    assert texts == expected
     with pytest.raises(ValueError, match="tokenizer"):
         batch.model.generate(**batch.inputs, stop_strings=["</box>"])
     short = batch.model.generate(**batch.inputs, generation_mode="slow", max_time=0.0)
@@ -346,6 +375,14 @@ def changed(batch: Batch, **kwargs):
         ({"num_return_sequences": 0}, "num_return_sequences=0"),
         ({"generator": [torch.Generator()]}, "generator has 1 generators for 4 rows"),
         ({"max_batch_rows": 0}, "max_batch_rows=0"),
+        ({"max_new_tokens": "5"}, "max_new_tokens='5': expected a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: expected a whole number"),
+        ({"temperature": "hot"}, "temperature='hot': expected a number"),
+        ({"min_p": 0.1, "temperature": 1.0}, "min_p=0.1 is not supported"),
+        ({"guidance_scale": 3.0}, "guidance_scale=3.0 is not supported"),
+        ({"cache_implementation": "static"}, "cache_implementation='static' is not supported"),
+        ({"visual_features": [torch.zeros(20, 7)]}, r"shape \[20, 7\]; expected \[tokens, 256\]"),
+        ({"visual_features": torch.zeros(20, 7)}, r"shape \[20, 7\]; expected \[tokens, 128\]"),
         ({"input_ids": None}, "needs input_ids"),
         ({"input_ids": torch.zeros(0, 5, dtype=torch.long), "attention_mask": None}, "an empty batch"),
         ({"input_ids": torch.zeros(4, 0, dtype=torch.long), "attention_mask": None}, "an empty batch"),

@@ -224,7 +224,7 @@ def transformers_hook():
 
 def test_what_is_not_locateanything_is_refused(shapes):
     for target in (torch.nn.Linear(2, 2), torch.nn.Linear, shapes, type(shapes)):
-        with pytest.raises(TypeError, match="patch.apply|this project's own model"):
+        with pytest.raises(TypeError, match=r"patch\.apply|this project's own model"):
             patch.apply(target)
     stranger = types.new_class("LocateAnythingForConditionalGeneration", (torch.nn.Module,))
     with pytest.raises(TypeError, match="expected LocateAnythingForConditionalGeneration, loaded from the official"):

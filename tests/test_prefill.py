@@ -137,3 +137,17 @@ def test_a_changed_pixel_is_another_image(monkeypatch):
     spy = Spy(batch.model, monkeypatch)
     batch.run()
     assert sum(spy.patches) == len(pixels)
+
+
+def test_nan_in_one_picture_stays_in_its_row():
+    """Under a causal mask NaN reaches earlier tokens too (0 × NaN): such a prefix must not be shared."""
+    cases = list({case["images"][0]: case for case in cases_of("shapes") if "seed" not in case}.values())[:5]
+    for slots in (None, 1, 2):
+        batch = Batch("shapes", cases)
+        patches = batch.inputs["image_grid_hws"].prod(1).tolist()
+        batch.inputs["pixel_values"] = batch.inputs["pixel_values"].clone()
+        batch.inputs["pixel_values"][: patches[0]] = float("nan")
+        output = batch.run(max_batch_rows=slots)
+        new = output.sequences[:, batch.input_ids.shape[1] :].tolist()
+        for row, case in zip(new[1:], cases[1:], strict=True):
+            assert row[: len(case["output_ids"])] == case["output_ids"]
