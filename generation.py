@@ -311,9 +311,8 @@ class GenerationLoop:
 
     def hold_back(self, logits: torch.Tensor, slots: list[int]) -> torch.Tensor:
         """Forbids the end to rows that are to grow longer: in a window only its first token can end a row."""
-        short = [
-            place for place, slot in enumerate(slots) if self.active[slot].committed < self.active[slot].settings.least
-        ]
+        rows = [self.active[slot] for slot in slots]
+        short = [place for place, row in enumerate(rows) if row.committed < row.settings.least]
         if short:
             ends = torch.tensor([self.roles.end, self.roles.null, *self.stops], device=self.device)
             logits = logits.clone()

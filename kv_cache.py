@@ -88,7 +88,7 @@ class SlotKVCache(Cache):
             layer.values[target, :, :length] = layer.values[source, :, :length]
 
     def is_finite(self, slot: int, length: int) -> bool:
-        """Whether the first `length` places hold numbers only. NaN anywhere in a token's pass reaches the last layer."""
+        """Whether the first `length` places hold numbers only. NaN in a token's pass reaches the last layer."""
         last = self.layers[-1]
         return bool(last.keys[slot, :, :length].isfinite().all() and last.values[slot, :, :length].isfinite().all())
 

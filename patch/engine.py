@@ -55,8 +55,8 @@ class Engine:
         devices = {parameter.device for parameter in self.shadow.parameters()}
         if len(devices) != 1:
             raise ValueError(
-                f"patch: the model's modules are on {sorted(map(str, devices))}; a patched model must be on one device, "
-                "the drop-in itself need not be."
+                f"patch: the model's modules are on {sorted(map(str, devices))}; a patched model must be on one "
+                "device, the drop-in itself need not be."
             )
         (device,) = devices
         rotary = self.shadow.language_model.model.rotary_emb
