@@ -29,6 +29,7 @@ from .settings import Recipe, RowSettings
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one whole prompt at least)
 LEAST_PREFILL_TOKENS = 256  # less is not tried after running out of memory
+MOST_INDICES = 256
 
 logger = logging.get_logger(__name__)
 
@@ -156,6 +157,7 @@ class GenerationLoop:
         self.autoregressive = torch.zeros(slots, dtype=torch.bool, device=device)
         self.hybrid = torch.zeros_like(self.autoregressive)
         self._warpers: dict[Recipe, LogitsProcessorList] = {}
+        self._indices: dict[tuple[int, ...], torch.Tensor] = {}
 
     def run(self) -> list[Row]:
         """Decodes all rows; returns them, finished."""
@@ -439,5 +441,11 @@ class GenerationLoop:
                 return new[:count]
         return new
 
-    def at(self, slots: list[int]) -> torch.Tensor:
-        return torch.tensor(slots, dtype=torch.long, device=self.device)
+    def at(self, places: list[int]) -> torch.Tensor:
+        """`places` as an index on the device; the same few come at every step, so they are copied there once."""
+        key = tuple(places)
+        if key not in self._indices:
+            if len(self._indices) > MOST_INDICES:
+                self._indices.clear()
+            self._indices[key] = torch.tensor(places, dtype=torch.long, device=self.device)
+        return self._indices[key]
