@@ -161,7 +161,14 @@ def test_every_class_that_auto_map_names_exists(base, target):
         for reference in read(target / file)["auto_map"].values():
             module, name = reference.split(".")
             tree = ast.parse((target / f"{module}.py").read_text(encoding="utf-8"))
-            assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+            defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+            imported = {
+                alias.name
+                for node in tree.body
+                if isinstance(node, ast.ImportFrom) and node.level
+                for alias in node.names
+            }
+            assert name in defined | imported
 
 
 def test_weights_are_linked_or_copied(base, target, tmp_path):
