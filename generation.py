@@ -156,6 +156,7 @@ class GenerationLoop:
         self.cached = torch.zeros_like(self.committed)
         self.autoregressive = torch.zeros(slots, dtype=torch.bool, device=device)
         self.hybrid = torch.zeros_like(self.autoregressive)
+        self.first_line: list[int] = []  # of each slot, in the last step's logits
         self._warpers: dict[Recipe, LogitsProcessorList] = {}
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
 

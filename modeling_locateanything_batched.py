@@ -401,12 +401,12 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
 
     def _rows_that_fit(self, tokens: int, device: torch.device) -> int:
         """Rows whose caches of `tokens` tokens fit into half of the free memory, `ROWS_A_STEP` at most."""
+        if device.type != "cuda":
+            return ROWS_A_STEP  # pages of a cache on CPU are taken as rows come to need them
         text = self.config.text_config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         width = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
         size = tokens * width * self.dtype.itemsize
-        if device.type != "cuda":
-            return ROWS_A_STEP  # pages of a cache on CPU are taken as rows come to need them
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
         return max(1, min(ROWS_A_STEP, int(free // 2 // size)))

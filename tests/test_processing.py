@@ -734,3 +734,24 @@ def test_constructor_errors(processor):
         with pytest.raises(ValueError, match=message):
             LocateAnythingProcessor(*parts, **kwargs)
     assert LocateAnythingProcessor(*parts, patch_size=14, merge_kernel_size=(2, 2)).patch_size == 14
+
+
+def test_equal_pictures_are_preprocessed_once_a_call(processor, monkeypatch):
+    """By what they show, not by object: rows that ask about one picture, loaded anew for each."""
+    from PIL import Image
+
+    one = Image.new("RGB", (60, 40), "red")
+    other = one.copy()
+    other.putpixel((3, 3), (0, 0, 0))
+    texts = ["<image-1>a", "<image-1>b and more", "<image-1>c", "<image-1><image-2>d"]
+    images = [one, one.copy(), other, one.copy(), one]
+    patchified = []
+    patchify = processor.image_processor.patchify
+    monkeypatch.setattr(
+        processor.image_processor, "patchify", lambda image: patchified.append(image) or patchify(image)
+    )
+    inputs = processor(text=texts, images=images, return_tensors="pt")
+    assert len(patchified) == 2
+    pieces = inputs["pixel_values"].split(inputs["image_grid_hws"].prod(1).tolist())
+    for picture, piece in zip(images, pieces, strict=True):
+        assert torch.equal(piece, patchify(picture)[0])
