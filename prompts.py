@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -36,7 +37,8 @@ def read_prompts(
     """Takes a left-padded batch apart.
 
     Args:
-        input_ids: `[rows, L]` long. attention_mask: `[rows, L]`, or None: then leading pad tokens are padding.
+        input_ids: `[rows, L]` long. attention_mask: `[rows, L]`, or None: then the pad tokens at a row's ends are
+            padding.
 
     Raises:
         ValueError: no rows, wrong shapes, padding anywhere but on the left, an id outside the vocabulary, a prompt
@@ -56,12 +58,13 @@ def read_prompts(
         raise ValueError(f"input_ids hold ids from {low} to {high}; the vocabulary has {vocabulary}.")
 
     if attention_mask is None:
-        mask = (input_ids != config.pad_token_id).long().cummax(1).values.bool()
+        kept = (input_ids != config.pad_token_id).long()
+        mask = (kept.cummax(1).values & kept.flip(1).cummax(1).values.flip(1)).bool()
     else:
         mask = torch.as_tensor(attention_mask).to(device) != 0
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask is {list(mask.shape)}; expected input_ids' {list(input_ids.shape)}.")
-    _require_left_padding(mask)
+    _require_left_padding(mask, "input_ids pad" if attention_mask is None else "attention_mask pads")
     rows = [ids[kept].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
     for index, row in enumerate(rows):
         if row[-1] == config.image_token_index:
@@ -69,8 +72,45 @@ def read_prompts(
     return Prompts(input_ids, rows, [row.count(config.image_token_index) for row in rows])
 
 
-def _require_left_padding(mask: torch.Tensor) -> None:
-    """mask: `[rows, L]` bool."""
+def left_padded(inputs: Any) -> Any:
+    """Turns a batch round that was padded on the right, as the stock's processor pads unless told.
+
+    Args:
+        inputs: a mapping (the processor's `BatchFeature`, a dict) with `input_ids` and `attention_mask`, `[rows, L]`
+            each. Masked places go to the left of their row, in their order, whether they lie on the right, on the left
+            or inside; tokens keep theirs.
+
+    Returns:
+        The same kind of mapping with these two padded on the left; every other entry is the same object.
+
+    Raises:
+        ValueError: no mapping, one of the two is missing, or they do not fit together.
+    """
+    if not isinstance(inputs, Mapping):
+        raise ValueError(f"left_padded() got a {type(inputs).__name__}; expected the processor's output whole.")
+    missing = [name for name in ("input_ids", "attention_mask") if inputs.get(name) is None]
+    if missing:
+        raise ValueError(f"left_padded() got no {' and no '.join(missing)}; its inputs have {', '.join(inputs)}.")
+    try:
+        input_ids, attention_mask = torch.as_tensor(inputs["input_ids"]), torch.as_tensor(inputs["attention_mask"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"left_padded() got rows that are no tensor ({error}); make them with padding=True."
+        ) from None
+    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"left_padded() got input_ids {list(input_ids.shape)} and attention_mask {list(attention_mask.shape)}; "
+            "expected [rows, length] of both."
+        )
+    order = (attention_mask != 0).long().argsort(dim=1, stable=True)
+    turned: Any = copy.copy(inputs)
+    turned["input_ids"] = input_ids.gather(1, order.to(input_ids.device))
+    turned["attention_mask"] = attention_mask.gather(1, order)
+    return turned
+
+
+def _require_left_padding(mask: torch.Tensor, what: str) -> None:
+    """mask: `[rows, L]` bool. what: who says so."""
     for index, row in enumerate(mask.tolist()):
         if True not in row:
             raise ValueError(f"row {index}: attention_mask is 0 everywhere; an empty prompt has no answer.")
@@ -79,8 +119,9 @@ def _require_left_padding(mask: torch.Tensor) -> None:
             continue
         where = "right" if not any(row[row.index(False, first) :]) else "inside"
         raise ValueError(
-            f"row {index}: attention_mask pads on the {where}; generate() needs padding on the left. Make the batch "
-            'with padding_side="left" (LocateAnythingProcessor does; set tokenizer.padding_side = "left" elsewhere).'
+            f"row {index}: {what} on the {where}; generate() needs padding on the left. model.left_padded(inputs), or "
+            "patch.left_padded(inputs) for a patched model, turns such a batch round; or make it with "
+            'padding_side="left" (LocateAnythingProcessor does; set tokenizer.padding_side = "left" elsewhere).'
         )
 
 
