@@ -9,6 +9,7 @@
     with patch.applied(model): …    # for a while
     patch.revert(model); patch.revert()
     patch.status()
+    patch.left_padded(inputs)       # a batch of the stock's processor, turned round for generate
 
 The model keeps its class, parameters, forward and hooks; only `generate` goes through our engine, on the very same
 modules. No weight is copied.
@@ -17,29 +18,32 @@ modules. No weight is copied.
 from __future__ import annotations
 
 import contextlib
-import sys
+import functools
+import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .engine import Engine, unwrapped
 
 __version__ = "0.1.0"
-__all__ = ["Status", "applied", "apply", "revert", "status"]
+__all__ = ["Status", "applied", "apply", "left_padded", "revert", "status"]
 
 STOCK_NAME = "LocateAnythingForConditionalGeneration"
-HERE = str(Path(__file__).resolve().parent.parent)
+DROP_IN = "modeling_locateanything_batched.LocateAnythingBatchedForConditionalGeneration"
+# not resolved: in a hub snapshot this file is a link out of the folder that holds the code
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 _ABSENT = object()
-# What stood where `generate` was put, to be put back: of instances and of classes.
-_instances: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
-_classes: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
+_BEFORE = "_generate_before_patch"  # where a patched model or class keeps a `generate` of its own, to be put back
+_instances: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_classes: weakref.WeakSet[type] = weakref.WeakSet()
 _engines: weakref.WeakKeyDictionary[torch.nn.Module, Engine] = weakref.WeakKeyDictionary()
 _sources: list[str] = []  # of apply() without a model: the code's folder or hub id, while it holds
 _subclass_hook: Any = _ABSENT
@@ -55,12 +59,13 @@ class Status:
     instances: tuple[str, ...]
 
 
-def apply(target: torch.nn.Module | type | None = None, *, source: str = HERE) -> Any:
+def apply(target: torch.nn.Module | type | None = None, *, source: str | os.PathLike[str] = HERE) -> Any:
     """Gives a stock LocateAnything model the batched `generate`.
 
     Args:
-        target: a model (or a peft wrapper of one), its class, or None for every LocateAnything class, also those whose
-            module is imported only later. Applying twice is applying once.
+        target: a model (or peft's or torch.compile's wrapper of one), its class, or None for every LocateAnything
+            class, also those whose module is imported only later. Applying twice is applying once; another `source`
+            takes the place of the first.
         source: where the engine's code is: a folder (this clone, a hub snapshot) or a hub id.
 
     Returns:
@@ -68,54 +73,56 @@ def apply(target: torch.nn.Module | type | None = None, *, source: str = HERE) -
 
     Raises:
         TypeError: something that is not LocateAnything, or this project's own model, which needs no patch.
+        OSError: `source` does not hold the code.
     """
+    source = os.fspath(source)
     if target is None:
         _apply_everywhere(source)
         return None
-    if isinstance(target, type):
-        _check(target, target)
-        if target not in _classes:
-            _classes[target] = target.__dict__.get("generate", _ABSENT)
-            target.generate = _generate_of(source)
-        return target
-    model = unwrapped(target)
-    _check(type(model), target)
-    if model not in _instances:
-        _instances[model] = model.__dict__.get("generate", _ABSENT)
-        model.generate = MethodType(_generate_of(source), model)
+    owner = target if isinstance(target, type) else unwrapped(target)
+    _check(owner if isinstance(owner, type) else type(owner), target)
+    _put(owner, _generate_of(source))
     return target
 
 
 def revert(target: torch.nn.Module | type | None = None) -> None:
     """Takes back what `apply` with the same target did; None takes back everything. Nothing applied is no error."""
-    global _subclass_hook
     if target is None:
         for model in list(_instances):
             revert(model)
         for cls in list(_classes):
             revert(cls)
-        _sources.clear()
-        if _subclass_hook is not _ABSENT:
-            del PreTrainedModel.__init_subclass__
-            if _subclass_hook is not None:
-                PreTrainedModel.__init_subclass__ = _subclass_hook
-            _subclass_hook = _ABSENT
+        _stop_noticing()
         return
-    owner = target if isinstance(target, type) else unwrapped(target)
-    before = (_classes if isinstance(target, type) else _instances).pop(owner, None)
-    if before is None:
+    owner: Any = target if isinstance(target, type) else unwrapped(target)
+    # a copy of a patched model is patched too, and in no list before its first call
+    if not _is_patched(owner) and owner not in _patched(owner):
         return
-    del owner.generate
-    if before is not _ABSENT:
-        owner.generate = before
-    _engines.pop(owner, None)
+    _patched(owner).discard(owner)
+    for served in [model for model in _engines if owner in (model, type(model))]:
+        del _engines[served]
+    if "generate" in vars(owner):
+        del owner.generate
+    if _BEFORE in vars(owner):
+        owner.generate = vars(owner)[_BEFORE]
+        delattr(owner, _BEFORE)
 
 
 @contextlib.contextmanager
-def applied(target: torch.nn.Module | type | None = None, *, source: str = HERE) -> Iterator[Any]:
+def applied(target: torch.nn.Module | type | None = None, *, source: str | os.PathLike[str] = HERE) -> Iterator[Any]:
     """`apply`, and `revert` at the end of the block; what was patched before the block stays patched."""
-    owner = None if target is None else target if isinstance(target, type) else unwrapped(target)
-    before = bool(_sources) if owner is None else owner in (_classes if isinstance(owner, type) else _instances)
+    if target is None:
+        everywhere, classes = bool(_sources), list(_classes)
+        apply(source=source)
+        try:
+            yield None
+        finally:
+            if not everywhere:
+                _stop_noticing()
+                for cls in [cls for cls in _classes if cls not in classes]:
+                    revert(cls)
+        return
+    before = _is_patched(target if isinstance(target, type) else unwrapped(target))
     apply(target, source=source)
     try:
         yield target
@@ -129,9 +136,25 @@ def status() -> Status:
     return Status(
         __version__,
         bool(_sources),
-        tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in _classes),
-        tuple(f"{type(model).__qualname__} at {id(model):#x}" for model in _instances),
+        tuple(sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in _classes)),
+        tuple(sorted(f"{type(model).__qualname__} at {id(model):#x}" for model in _instances)),
     )
+
+
+def left_padded(inputs: Any, *, source: str | os.PathLike[str] = HERE) -> Any:
+    """A batch that was padded on the right, as the stock's processor pads unless told, for `generate`.
+
+    Args:
+        inputs: a mapping with `input_ids` and `attention_mask`, such as the processor's `BatchFeature`.
+        source: as of `apply`.
+
+    Returns:
+        The same kind of mapping with these two padded on the left; every other entry is the same object.
+
+    Raises:
+        ValueError: no mapping, one of the two is missing, or they do not fit together.
+    """
+    return get_class_from_dynamic_module("prompts.left_padded", os.fspath(source))(inputs)
 
 
 def _check(cls: type, target: Any) -> None:
@@ -151,13 +174,31 @@ def _is_stock(cls: type) -> bool:
     )
 
 
+def _patched(owner: Any) -> weakref.WeakSet[Any]:
+    return _classes if isinstance(owner, type) else _instances
+
+
+def _is_patched(owner: Any) -> bool:
+    """Whether the `generate` that the object itself holds is ours."""
+    own = vars(owner).get("generate")
+    return hasattr(getattr(own, "__func__", own), "drop_in")
+
+
+def _put(owner: Any, generate: Any) -> None:
+    """Puts our function into a class, or bound into an instance, and remembers what was there."""
+    if "generate" in vars(owner) and not _is_patched(owner):
+        setattr(owner, _BEFORE, vars(owner)["generate"])
+    _patched(owner).add(owner)
+    owner.generate = generate if isinstance(owner, type) else MethodType(generate, owner)
+
+
 def _apply_everywhere(source: str) -> None:
     """Patches the stock classes that are there, and those that appear when their module is imported."""
     global _subclass_hook
-    for module in list(sys.modules.values()):
-        cls = getattr(module, "__dict__", {}).get(STOCK_NAME)
-        if isinstance(cls, type) and _is_stock(cls):
-            apply(cls, source=source)
+    generate = _generate_of(source)
+    for cls in _subclasses(PreTrainedModel):
+        if cls.__name__ == STOCK_NAME and _is_stock(cls):
+            _put(cls, generate)
     _sources[:] = [source]
     if _subclass_hook is not _ABSENT:
         return
@@ -167,12 +208,34 @@ def _apply_everywhere(source: str) -> None:
     def notice(cls: type, *args: Any, **kwargs: Any) -> None:
         before.__func__(cls, *args, **kwargs) if hasattr(before, "__func__") else before(*args, **kwargs)
         if cls.__name__ == STOCK_NAME and _is_stock(cls):
-            apply(cls, source=_sources[0])
+            _put(cls, _generate_of(_sources[0]))
 
     PreTrainedModel.__init_subclass__ = classmethod(notice)
 
 
+def _stop_noticing() -> None:
+    global _subclass_hook
+    _sources.clear()
+    if _subclass_hook is _ABSENT:
+        return
+    del PreTrainedModel.__init_subclass__
+    if _subclass_hook is not None:
+        PreTrainedModel.__init_subclass__ = _subclass_hook
+    _subclass_hook = _ABSENT
+
+
+def _subclasses(cls: Any) -> Iterator[Any]:
+    """All classes below one, whether their module is still to be found or has been imported anew since."""
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+@functools.lru_cache
 def _generate_of(source: str) -> Any:
+    """The function that takes the place of the stock's `generate`, with the code of a folder or hub id."""
+    drop_in = get_class_from_dynamic_module(DROP_IN, source)
+
     @torch.no_grad()
     def generate(
         self: Any,
@@ -186,12 +249,13 @@ def _generate_of(source: str) -> Any:
         **generate_kwargs: Any,
     ) -> Any:
         """The batched generate, with the stock's order of arguments. See the drop-in model's `generate`."""
-        if self not in _engines:
-            _engines[self] = Engine(self, source)
-        return (
-            _engines[self]
-            .model()
-            .generate(
+        if _is_patched(self):
+            _instances.add(self)  # it may be a copy of a patched model
+        engine = _engines.get(self)
+        if engine is None or engine.drop_in is not drop_in:
+            engine = _engines[self] = Engine(self, drop_in)
+        with engine.model() as model:
+            return model.generate(
                 pixel_values=pixel_values,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -201,6 +265,6 @@ def _generate_of(source: str) -> Any:
                 n_future_tokens=n_future_tokens,
                 **generate_kwargs,
             )
-        )
 
+    generate.drop_in = drop_in  # type: ignore[attr-defined]  # and by this we know it again
     return generate

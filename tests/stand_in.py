@@ -26,10 +26,16 @@ class LocateAnythingConfig(PretrainedConfig):
         kwargs.pop("_attn_implementation", None)
         super().__init__(**kwargs)
 
+    def to_dict(self):
+        """The stock's config says in its dict, and so in its file, what attention it was loaded with."""
+        return {**super().to_dict(), "_attn_implementation": self._attn_implementation}
+
 
 class LocateAnythingForConditionalGeneration(PreTrainedModel):
     config_class = LocateAnythingConfig
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen2DecoderLayer"]
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
 
     def __init__(self, config):
@@ -60,18 +66,22 @@ class LocateAnythingForConditionalGeneration(PreTrainedModel):
         assert len(input_ids) == 1, "only batch size = 1 is supported now"
         roles = DropInConfig.from_dict(self.config.to_dict()).token_roles
         mode = kwargs.get("generation_mode", "hybrid")
+        assert mode in ("fast", "slow", "hybrid"), f"Unsupported generation_mode={mode!r}."
         recipe = {
             "repetition_penalty": kwargs.get("repetition_penalty", 1.0),
             "temperature": kwargs.get("temperature", 0),
             "top_p": kwargs.get("top_p"),
             "top_k": kwargs.get("top_k"),
         }
-        sizes = [tuple(size) for size in image_grid_hws.tolist()]
-        features = self.mlp1(torch.cat(self.vision_model(pixel_values, sizes)))
+        pixel_values = pixel_values.to(self.language_model.dtype)  # asked for even beside visual_features
+        if visual_features is None:
+            visual_features = self.extract_feature(pixel_values, image_grid_hws)
+        features = self.mlp1(torch.cat(list(visual_features)))
         tokens = input_ids[0].tolist()
         limit = min(tokenizer.model_max_length, len(tokens) + kwargs.get("max_new_tokens", 2048))
         start, autoregressive, finished = len(tokens), mode == "slow", False
         hybrid = torch.tensor([mode == "hybrid"])
+        history, switches = [], 0
         while len(tokens) < limit and not finished:
             logits = self.logits_of(tokens, features, roles, windowed=not autoregressive)
             ids = torch.tensor([tokens]).expand(len(logits), -1)
@@ -81,9 +91,21 @@ class LocateAnythingForConditionalGeneration(PreTrainedModel):
                 accepted = accept_next(x[:, 0], hybrid, roles)
             else:
                 accepted = accept_window(window_tokens(p, x, hybrid, roles), hybrid, roles)
-            tokens += accepted.tokens[0, : accepted.lengths[0]].tolist()
-            autoregressive, finished = bool(accepted.autoregressive), bool(accepted.finished)
-        return tokenizer.decode(tokens[start:], skip_special_tokens=False)
+            new = accepted.tokens[0, : accepted.lengths[0]].tolist()
+            finished = bool(accepted.finished)
+            # the step that ends an autoregressive stretch for good counts as the other kind, as in the stock
+            history.append(("ar" if autoregressive and not finished else "mtp", tokenizer.decode(new)))
+            switches += bool(accepted.autoregressive) and not autoregressive
+            tokens, autoregressive = tokens + new, bool(accepted.autoregressive)
+        text = tokenizer.decode(tokens[start:], skip_special_tokens=False)
+        if not kwargs.get("verbose", False):
+            return text
+        statistics = f"num_tokens={len(tokens) - start}; forward_step={len(history)}; switch_to_ar={switches}"
+        print(statistics)
+        return text, history, statistics
+
+    def extract_feature(self, pixel_values, image_grid_hws):
+        return self.vision_model(pixel_values, [tuple(size) for size in image_grid_hws.tolist()])
 
     def logits_of(self, tokens, features, roles, windowed):
         """`[6, V]` of the window, or `[1, V]` of the next token; decoding.md §2 as one dense mask."""
