@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import upload_to_hub
-from upload_to_hub import AssemblyError, assemble, main, remote_code_files
+import hub.assembly
+from hub.assembly import assemble, remote_code_files, switch_auto_map
+from hub.errors import AssemblyError
+from upload_to_hub import main
 
 PROJECT = Path(__file__).resolve().parent.parent
 MODEL = "modeling_locateanything_batched.LocateAnythingBatchedForConditionalGeneration"
@@ -102,7 +104,7 @@ def test_remote_code_is_what_the_entry_files_import():
 def test_a_module_that_is_missing_is_named(tmp_path, monkeypatch):
     for path in remote_code_files():
         (tmp_path / path.name).write_text("from .absent import x", encoding="utf-8")
-    monkeypatch.setattr(upload_to_hub, "PROJECT", tmp_path)
+    monkeypatch.setattr(hub.assembly, "PROJECT", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"absent\.py"):
         remote_code_files()
 
@@ -147,6 +149,18 @@ def test_only_the_code_keys_of_the_json_files_change(base, target):
     assert (target / "processor_config.json").read_text(encoding="utf-8") == dump(processor).rstrip("\n")
     tokenizer = {**TOKENIZER, "auto_map": {"AutoProcessor": "processing.LocateAnythingProcessor"}}
     assert (target / "tokenizer_config.json").read_text(encoding="utf-8") == dump(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a" : 1.50,"auto_map":{ },\r\n "b":{"auto_map": {"x": "y"}} }', "{ }", '{"b":[1e-06]}']
+)
+def test_switching_leaves_every_other_byte(text):
+    switched = switch_auto_map("config.json", text, "me/code", only_auto_map=True)
+    data = json.loads(switched)
+    assert data.pop("auto_map")["AutoModel"] == f"me/code--{MODEL}"
+    assert data == {key: value for key, value in json.loads(text).items() if key != "auto_map"}
+    for kept in ('{"a" : 1.50,', ',\r\n "b":{"auto_map": {"x": "y"}} }', '"b":[1e-06]}'):
+        assert (kept in switched) == (kept in text)
 
 
 def test_tokenizer_config_without_code_is_kept_byte_for_byte(base, target):
@@ -243,7 +257,7 @@ def test_base_that_is_not_there(tmp_path, target, monkeypatch):
     def unreachable(*_args, **_kwargs):
         raise RuntimeError("no route to host\nand more lines")
 
-    monkeypatch.setattr(upload_to_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub.assembly, "snapshot_download", unreachable)
     with pytest.raises(
         AssemblyError, match=r"some/model is no folder, and the hub did not give it: no route to host$"
     ):
@@ -258,7 +272,7 @@ def test_hub_id_is_checked_before_its_weights_are_downloaded(base, target, monke
         calls.append((repo, revision, "*.safetensors" in ignore_patterns))
         return str(snapshot)
 
-    monkeypatch.setattr(upload_to_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub.assembly, "snapshot_download", download)
     assemble("some/model", target, revision="main")
     # The weights are those of the commit that was checked
     assert calls == [("some/model", "main", True), ("some/model", "c0ffee", False)]
@@ -311,14 +325,14 @@ def test_target_that_is_a_file_is_refused(base, tmp_path):
 def test_interrupted_build_leaves_what_was_there(base, target, monkeypatch, error):
     assemble(base, target)
     (target / "mark").write_text("the first build")
-    execute = upload_to_hub._execute
+    execute = hub.assembly._execute
 
     def fail_late(step, folder):
         execute(step, folder)
         if step.name == "vocab.json":
             raise error
 
-    monkeypatch.setattr(upload_to_hub, "_execute", fail_late)
+    monkeypatch.setattr(hub.assembly, "_execute", fail_late)
     with pytest.raises(type(error)):
         assemble(base, target, overwrite=True)
     assert (target / "mark").read_text() == "the first build"

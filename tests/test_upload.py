@@ -1,0 +1,494 @@
+"""upload_to_hub.py against a hub on loopback: what is published, how it loads, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hub.assembly import WEIGHT_PATTERNS, remote_code_files
+from hub.card import CODE_ONLY, OWN, Origin, loading_lines, model_card, origin_of
+from hub.errors import redacted
+from hub.publishing import TITLE, copies_across
+from tests.conftest import CHECKPOINTS, GOLDENS, ROOT, cases_of
+from tests.hub_server import READER, WRITER, Hub, Repo, git_oid
+
+BASE, SHARDED = "nvidia/LocateAnything-3B", "org/sharded"
+OWN_REPO, CODE_REPO = "ada/own", "ada/code"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+STOCK = tuple(f"{part}_locateanything.py" for part in ("configuration", "modeling", "processing", "image_processing"))
+CARD = "---\nlicense: other\nlicense_name: nvidia\nlicense_link: LICENSE\ntags:\n- grounding\n---\n# The base's card\n"
+# Runs command lines one after another: starting Python for each would be most of their time
+SHELL = """
+import contextlib, io, json, os, sys
+sys.path.insert(0, sys.argv[1])
+import upload_to_hub
+for line in sys.stdin:
+    asked = json.loads(line)
+    os.environ["HF_TOKEN"] = asked["token"]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = upload_to_hub.main(asked["arguments"])
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), flush=True)
+"""
+
+
+class Script:
+    """upload_to_hub.py in a process of its own, with an empty home and HF_ENDPOINT naming the hub."""
+
+    def __init__(self, endpoint: str, home: Path):
+        self.home = home
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        # The Xet protocol has servers of its own; without it the client uploads by LFS
+        self.environment = kept | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(home / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HOME": str(home),
+            "NO_PROXY": "*",
+        }
+        self._shell = self.start("-c", SHELL, str(ROOT), stdin=subprocess.PIPE)
+
+    def start(self, *arguments: str, token: str = WRITER, **pipes: int) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes}
+        environment = self.environment | ({"HF_TOKEN": token} if token else {})
+        return subprocess.Popen(
+            [sys.executable, *arguments], cwd=self.home, env=environment, text=True, encoding="utf-8", **pipes
+        )
+
+    def __call__(self, *arguments: str, token: str = WRITER, code: int = 0) -> str:
+        """What a command line prints: to stdout, or the one line of its error if it is to fail."""
+        assert self._shell.stdin is not None and self._shell.stdout is not None
+        print(json.dumps({"arguments": arguments, "token": token}), file=self._shell.stdin, flush=True)
+        line = self._shell.stdout.readline()
+        done = json.loads(line or json.dumps({"code": "crash", "err": self._shell.communicate()[1]}))
+        assert done["code"] == code, done
+        if code == 0:
+            return done["out"]
+        # Beside the client's progress bars
+        errors = [line for line in done["err"].splitlines() if line.startswith("upload_to_hub.py: ")]
+        assert len(errors) == 1 and "Traceback" not in done["err"], done["err"]
+        assert not token or token not in done["err"] + done["out"]
+        return errors[0]
+
+    def close(self) -> None:
+        self._shell.communicate()
+
+
+def checkpoint() -> dict[str, bytes]:
+    """A repository laid out like the official one: stock code that must not run, a licence, a notice, a card."""
+    files = {path.name: path.read_bytes() for path in CHECKPOINTS["shapes"].iterdir()}
+    config = json.loads(files["config.json"])
+    config["vision_config"]["auto_map"] = {"AutoModel": "moonshotai/absent--modeling_moonvit.Absent"}
+    files["config.json"] = json.dumps(config, indent=2).encode()
+    files |= dict.fromkeys(STOCK, b"raise SystemExit('stock code was run')\n")
+    return files | {"LICENSE": b"NVIDIA's", "NOTICE": b"notice", "README.md": CARD.encode(), "assets/a.png": b"png"}
+
+
+@pytest.fixture(scope="session")
+def hub():
+    with Hub() as hub:
+        hub.add(BASE, checkpoint())
+        shards = {"model.safetensors.index.json": json.dumps({"weight_map": dict(zip("ab", SHARDS, strict=True))})}
+        files = {name: data for name, data in checkpoint().items() if name != "model.safetensors"}
+        files |= {name: text.encode() for name, text in shards.items()}
+        hub.add(SHARDED, files | {name: os.urandom(300_000) for name in SHARDS})
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def script(hub, tmp_path_factory):
+    script = Script(hub.url, tmp_path_factory.mktemp("home"))
+    yield script
+    script.close()
+
+
+@pytest.fixture(autouse=True)
+def no_faults(request):
+    yield
+    if "hub" in request.fixturenames:
+        request.getfixturevalue("hub").faults.clear()
+        request.getfixturevalue("hub").copies = True
+
+
+@pytest.fixture(scope="session")
+def published(hub, script) -> dict[str, str]:
+    """Both repositories and a pull request, and what the script said of each."""
+    return {
+        "own": script("repo", OWN_REPO, "--base", BASE),
+        "code": script("code", CODE_REPO, "--base", BASE),
+        "pr": script("pr", BASE, token=READER),
+    }
+
+
+def ours() -> dict[str, bytes]:
+    code = {path.name: path.read_bytes() for path in remote_code_files()}
+    return code | {"LICENSE-CODE": (ROOT / "LICENSE").read_bytes()}
+
+
+def metadata(card: bytes) -> dict:
+    return yaml.safe_load(card.decode().split("---\n")[1])
+
+
+def writes(hub: Hub, since: int = 0) -> list[str]:
+    reading = ("GET", "HEAD", "POST /api/models/org/paths-info")
+    return [r for r in hub.requests[since:] if not r.startswith(reading) and "paths-info" not in r]
+
+
+def test_own_repository_is_code_and_weights_in_one_commit(hub, published):
+    repo, base = hub.repos[OWN_REPO], hub.repos[BASE].files()
+    assert [message[:2] for message in repo.messages] == [("main", "initial commit"), ("main", TITLE)]
+    files = repo.files()
+    assert set(files) == set(base) - set(STOCK) | set(ours())
+    assert all(files[name] == data for name, data in ours().items())
+    for name in ("model.safetensors", "LICENSE", "NOTICE", "assets/a.png", "vocab.json", "tokenizer.json"):
+        assert files[name] == base[name]
+    config = json.loads(files["config.json"])
+    assert config["auto_map"]["AutoConfig"] == "configuration.LocateAnythingConfig"
+    uploads = [r for r in hub.asked(rf"PUT /lfs/{OWN_REPO}/") if r.endswith(_sha(base["model.safetensors"]))]
+    copies = hub.asked(rf"POST /api/models/{BASE}/lfs-files/duplicate")
+    assert (len(uploads), len(copies)) == ((0, 1) if copies_across() else (1, 0))
+    assert f'AutoModel.from_pretrained("{OWN_REPO}", trust_remote_code=True' in published["own"]
+
+
+def _sha(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_cards_carry_the_weights_licence(hub, published):
+    commit = hub.repos[BASE].refs["main"]
+    for name in (OWN_REPO, CODE_REPO):
+        card = hub.repos[name].files()["README.md"]
+        expected = {"license": "other", "license_name": "nvidia", "license_link": "LICENSE", "tags": ["grounding"]}
+        expected |= {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "base_model": BASE}
+        assert metadata(card) == expected
+        assert "`LICENSE`, `NOTICE`" in card.decode()
+        assert origin_of(card.decode()) == (BASE, commit)
+        assert ("# The base's card" in card.decode()) == (name == OWN_REPO)
+
+
+def test_code_only_repository_names_itself_and_holds_no_weights(hub, published):
+    files = hub.repos[CODE_REPO].files()
+    assert not any(Path(name).match(pattern) for name in files for pattern in WEIGHT_PATTERNS)
+    assert all(files[name] == data for name, data in ours().items())
+    assert set(files) & {"LICENSE", "NOTICE", "tokenizer.json", "merges.txt"} and "generation_config.json" not in files
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+        assert all(value.startswith(f"{CODE_REPO}--") for value in json.loads(files[name])["auto_map"].values())
+    lines = [line.strip() for line in published["code"].splitlines()]
+    assert f'config = AutoConfig.from_pretrained("{CODE_REPO}", trust_remote_code=True)' in lines
+    model = f'model = AutoModel.from_pretrained("{BASE}", config=config, trust_remote_code=True, dtype="auto")'
+    assert model in lines
+
+
+def test_pull_request_changes_code_and_auto_maps_only(hub, script, published):
+    repo = hub.repos[BASE]
+    before, after = repo.files(), repo.files("refs/pr/1")
+    assert len(repo.pulls) == 1 and len(repo.messages) == 2
+    assert set(after) == set(before) | set(ours())
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"config.json", "preprocessor_config.json", "processor_config.json"}
+    for name in changed:
+        old, new = json.loads(before[name]), json.loads(after[name])
+        assert old.pop("auto_map") != new.pop("auto_map") and old == new
+        lines = difflib.unified_diff(before[name].decode().split("\n"), after[name].decode().split("\n"), n=0)
+        assert all("_locateanything" in line or '": "' in line for line in list(lines)[2:] if line[0] in "+-")
+    ref, title, description = repo.messages[1]
+    assert (ref, title) == ("refs/pr/1", TITLE)
+    intro = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")[1].split("\n")[0]
+    record = json.loads((ROOT / "benchmarks" / "results.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    for part in (intro, "## What it does", "refs/pr/N", f"{record['stock_speedup']:.2f} ×", record["machine"]):
+        assert part in description
+    assert f"{hub.url}/{BASE}/discussions/1" in published["pr"]
+    assert f'AutoModel.from_pretrained("{BASE}", revision="refs/pr/1", trust_remote_code=True' in published["pr"]
+
+    # Again: nothing new; and what went stale is brought up to date where it is
+    assert "Already there" in script("pr", BASE, token=READER)
+    assert len(repo.messages) == 2
+    repo.commit("refs/pr/1", {**after, "vision.py": b"stale"})
+    assert "refs/pr/1" in script("pr", BASE, token=READER)
+    assert len(repo.pulls) == 1 and repo.files("refs/pr/1") == after
+
+
+def test_published_again_changes_nothing_and_stale_code_goes(hub, script, published):
+    repo = hub.repos[OWN_REPO]
+    assert "Already there" in script("repo", OWN_REPO, "--base", BASE)
+    assert len(repo.messages) == 2
+    whole = repo.files()
+    repo.commit("main", {**whole, "retired.py": b"", "vision.py": b"stale", "mine.txt": b"kept"})
+    assert "delete" in script("repo", OWN_REPO, "--base", BASE, "--dry-run")
+    script("repo", OWN_REPO, "--base", BASE)
+    assert repo.files() == {**whole, "mine.txt": b"kept"}
+
+
+LOADER = """
+import json, sys
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoProcessor
+own, code, base, cases, images = json.loads(sys.stdin.read())
+answers = {}
+def ask(name, model, processor):
+    chats = [[{"role": "user", "content": [
+        {"type": "image", "image": Image.open(f"{images}/{case['images'][0]}")},
+        {"type": "text", "text": case["question"]}]}] for case in cases]
+    inputs = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, padding=True, return_dict=True, return_tensors="pt")
+    width = inputs["input_ids"].shape[1]
+    output = model.eval().generate(**inputs)[:, width:].tolist()
+    answers[name] = [row[: len(case["output_ids"])] for row, case in zip(output, cases)]
+    answers[name + " class"] = type(model).__name__
+def lines(text):
+    scope = dict(AutoConfig=AutoConfig, AutoModel=AutoModel, AutoProcessor=AutoProcessor)
+    exec(text, scope)
+    return scope["model"], scope["processor"]
+for name, text in (("own", own), ("code", code), ("pr", base)):
+    ask(name, *lines(text))
+print(json.dumps(answers))
+"""
+
+
+def test_what_was_published_loads_as_printed_and_answers_the_goldens(hub, script, published):
+    cases = [
+        case
+        for case in cases_of("shapes")
+        if case["generation_mode"] == "hybrid" and case["layout"] == "image-question" and "seed" not in case
+        if case["max_new_tokens"] == 256 and "repetition_penalty" not in case and case["num_tokens"] < 100
+    ][:8]
+    printed = [
+        "\n".join(line.strip() for line in published[name].splitlines() if "from_pretrained" in line)
+        for name in ("own", "code", "pr")
+    ]
+    since = len(hub.requests)
+    loader = script.start("-c", LOADER, token="", stdin=subprocess.PIPE)
+    out, err = loader.communicate(json.dumps([*printed, cases, str(GOLDENS / "shapes" / "images")]))
+    assert loader.returncode == 0, err
+    answers = json.loads(out.splitlines()[-1])
+    for name in ("own", "code", "pr"):
+        assert answers[name] == [case["output_ids"] for case in cases]
+        assert answers[f"{name} class"] == "LocateAnythingBatchedForConditionalGeneration"
+    assert not [r for r in hub.requests[since:] if any(name in r for name in (*STOCK, "moonshotai"))]
+
+
+def test_verify_compares_files_and_answers(hub, script, published):
+    said = script("verify", BASE, "--revision", "refs/pr/1", token=READER)
+    answers = [line.split(":", 1)[1].strip() for line in said.splitlines() if line.startswith(("published", "local"))]
+    assert len(answers) == 2 and answers[0] == answers[1] and "<box><750>" in answers[0]
+    assert said.endswith("The same.\n")
+
+
+def test_verify_does_not_run_what_differs(hub, script, published):
+    for name in (OWN_REPO, CODE_REPO):
+        assert "compare" in script("verify", name, "--dry-run")
+    files = hub.repos[OWN_REPO].files()
+    hub.repos[OWN_REPO].commit("main", {**files, "vision.py": b"raise SystemExit", "other.py": b""})
+    try:
+        done = script.start(str(ROOT / "upload_to_hub.py"), "verify", OWN_REPO)
+        out, _ = done.communicate()
+        assert done.returncode == 1
+        assert "differs: vision.py" in out and "too much: other.py" in out and "not loaded" in out
+    finally:
+        hub.repos[OWN_REPO].commit("main", files)
+    hub.add("ada/half", {"README.md": b"claims nothing"})
+    assert "not published whole" in script("verify", "ada/half", code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("repo", "ada/dry", "--base", SHARDED), ["create public repository ada/dry", SHARDS[0], "300.0 kB", "main"]),
+        (("repo", "ada/dry", "--base", BASE, "--private"), ["create private", "model.safetensors", "4.7 MB"]),
+        (("code", "ada/dry", "--base", BASE), ["edit", "config.json", "card", "ada/dry"]),
+        (("pr", SHARDED), ["a new pull request", "processing.py", "kB", SHARDED]),
+    ],
+)
+def test_dry_run_prints_and_writes_nothing(hub, script, arguments, named):
+    since = len(hub.requests)
+    said = script(*arguments, "--dry-run", token="")
+    assert all(part in said for part in named), said
+    assert said.splitlines()[-1].endswith("Nothing was written.")
+    assert writes(hub, since) == [] and "ada/dry" not in hub.repos
+    assert not any(r.endswith(name) for r in hub.requests[since:] for name in (*SHARDS, "model.safetensors"))
+
+
+def empty(hub: Hub, name: str) -> bool:
+    """Whether nothing that claims to be a model is in a repository."""
+    return name not in hub.repos or set(hub.repos[name].files()) == {".gitattributes"}
+
+
+def test_killed_upload_leaves_nothing_and_goes_on(hub, script):
+    """Killed while the second shard is on its way: the repository stays empty, and the first is not sent again."""
+    reached, release = threading.Event(), threading.Event()
+    second = _sha(hub.repos[SHARDED].files()[SHARDS[1]])
+
+    def hold() -> None:
+        reached.set()
+        release.wait(30)
+
+    hub.fail("PUT", rf"/lfs/ada/killed/{second}", hold)
+    command = ("repo", "ada/killed", "--base", SHARDED, "--upload")
+    running = script.start(str(ROOT / "upload_to_hub.py"), *command)
+    try:
+        assert reached.wait(30)
+        first = _sha(hub.repos[SHARDED].files()[SHARDS[0]])
+        for _ in range(300):
+            if first in hub.repos["ada/killed"].stored:
+                break
+            time.sleep(0.1)
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+        release.set()
+    assert empty(hub, "ada/killed")
+    since = len(hub.requests)
+    script(*command)
+    assert hub.repos["ada/killed"].files()[SHARDS[1]] == hub.repos[SHARDED].files()[SHARDS[1]]
+    sent = [r for r in hub.requests[since:] if r.startswith("PUT")]
+    assert any(second in r for r in sent) and not any(first in r for r in sent)
+
+
+def test_cut_connection_is_tried_again(hub, script):
+    hub.fail("PUT", rf"/lfs/ada/cut/{_sha(hub.repos[SHARDED].files()[SHARDS[0]])}", "cut")
+    said = script("repo", "ada/cut", "--base", SHARDED, "--upload")
+    assert "Published" in said and hub.repos["ada/cut"].files()[SHARDS[0]]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "action", "message"),
+    [
+        (r"/commit/", 500, "HTTP 500"),
+        (r"/commit/", 412, "changed by somebody else"),
+        (r"/commit/", "cut", "cannot be reached or broke off"),
+        (r"/preupload/", 403, "refuses this token: broken"),
+    ],
+)
+def test_failure_leaves_nothing_and_the_next_run_goes_on(hub, script, pattern, action, message):
+    name = f"ada/failed-{action}"
+    hub.fail("POST", rf"/api/models/{name}{pattern}", action)
+    assert message in script("repo", name, "--base", SHARDED, code=1)
+    assert empty(hub, name)
+    stored = set(hub.repos[name].stored)
+    since = len(hub.requests)
+    assert "Published" in script("repo", name, "--base", SHARDED)
+    assert set(hub.repos[name].files()) >= {*SHARDS, "config.json", "processing.py"}
+    assert not [r for r in hub.requests[since:] if r.startswith("PUT") and r.rsplit("/", 1)[-1] in stored]
+
+
+def test_hub_that_does_not_copy_gets_an_upload(hub, script):
+    hub.copies = False
+    said = script("repo", "ada/fallback", "--base", SHARDED)
+    assert ("does not copy the weights" in said) == copies_across()
+    assert hub.repos["ada/fallback"].files()[SHARDS[0]] == hub.repos[SHARDED].files()[SHARDS[0]]
+    assert len(hub.repos["ada/fallback"].messages) == 2
+
+
+def test_folder_as_base_private_repository(hub, script):
+    script("repo", "ada/folder", "--base", str(CHECKPOINTS["shapes"]), "--private")
+    repo = hub.repos["ada/folder"]
+    assert repo.private and repo.files()["model.safetensors"] == hub.repos[BASE].files()["model.safetensors"]
+    assert "license" not in metadata(repo.files()["README.md"])
+    assert "names none" in script("verify", "ada/folder", code=1)
+    assert "compare" in script("verify", "ada/folder", "--base", str(CHECKPOINTS["shapes"]), "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token", "message"),
+    [
+        (("repo", "ada/x", "--base", BASE), "hf_unknownunknownunknown", "token: the hub does not know it"),
+        (("pr", BASE), "hf_unknownunknownunknown", "token: the hub does not know it"),
+        (("repo", "ada/x", "--base", BASE), "", "token: none was found; set HF_TOKEN"),
+        (("repo", "ada/x", "--base", BASE), READER, "repo: ada/x refuses this token: You don't have the rights"),
+        (("repo", "eve/x", "--base", BASE), WRITER, "repo: eve/x refuses this token"),
+        (("pr", "nobody/nothing"), WRITER, "repo: nobody/nothing is no hub repository you can read"),
+        (("pr", "nothing"), WRITER, "repo: got 'nothing', expected USER/NAME"),
+        (("verify", "nobody/nothing"), "", "repo: nobody/nothing is no hub repository"),
+        (("repo", "ada/x", "--base", "nobody/nothing"), WRITER, "base: nobody/nothing is neither a folder nor"),
+        (("repo", "ada/x", "--base", "no such base"), WRITER, "base: no such base is neither a folder nor"),
+        (("repo", "ada/x", "--base", "org/gated"), WRITER, "base: org/gated is gated; accept its terms"),
+        (("pr", "org/gated"), WRITER, "repo: org/gated is gated; accept its terms"),
+        (("repo", "ada/x", "--base", BASE, "--revision", "v9"), WRITER, f"revision: {BASE} has none named 'v9'"),
+        (("repo", BASE, "--base", BASE), WRITER, "is the base itself; open a pull request"),
+        (("repo", "ada/bert", "--base", BASE), WRITER, "holds a model of type 'bert'"),
+        (("code", "ada/notes", "--base", BASE), WRITER, "repo: ada/notes holds other files (notes.txt)"),
+        (("code", "ada/weights", "--base", BASE), WRITER, "repo: ada/weights holds weights (model.safetensors)"),
+        (("code", "ada/x", "--base", str(CHECKPOINTS["shapes"])), WRITER, "expected the hub id"),
+        (("pr", "ada/bert"), WRITER, "repo: ada/bert lacks preprocessor_config.json"),
+        (("--base", "org/gated", "--local-dir", "built"), WRITER, "base: org/gated is gated"),
+        (("verify", BASE, "--image", "absent.png"), WRITER, "image: absent.png is no file"),
+    ],
+)
+def test_refusals_are_one_line(hub, script, arguments, token, message):
+    if "org/gated" not in hub.repos:
+        hub.add("org/gated", checkpoint(), gated=True)
+        hub.add("ada/bert", {"config.json": b'{"model_type": "bert"}'})
+        hub.add("ada/notes", {"notes.txt": b"mine"})
+        hub.add("ada/weights", {"config.json": b'{"model_type": "locateanything"}', "model.safetensors": b"w"})
+    state = {name: dict(repo.refs) for name, repo in hub.repos.items()}
+    assert message in script(*arguments, token=token, code=1)
+    assert {name: dict(repo.refs) for name, repo in hub.repos.items()} == state
+
+
+def test_no_network_is_one_line(tmp_path):
+    with Hub() as gone:
+        endpoint = gone.url
+    script = Script(endpoint, tmp_path)
+    for arguments in (("repo", "ada/x", "--base", BASE), ("pr", BASE), ("verify", BASE)):
+        assert f"at {endpoint} cannot be reached" in script(*arguments, code=1)
+    script.close()
+
+
+def test_help_shows_examples(script):
+    for command in ((), ("assemble",), ("repo",), ("code",), ("pr",), ("verify",)):
+        said = script(*command, "--help")
+        assert "examples:\n  python upload_to_hub.py" in said
+        assert ("--dry-run" in said) and "--token" not in said
+
+
+def test_interruption_says_so(monkeypatch, capsys):
+    import upload_to_hub
+
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upload_to_hub, "plan_pull_request", interrupt)
+    assert upload_to_hub.main(["pr", BASE]) == 130
+    assert (
+        capsys.readouterr().err == "upload_to_hub.py: interrupted; nothing was published. The same command goes on.\n"
+    )
+
+
+def test_tokens_are_redacted(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret-of-another-shape")
+    assert redacted("a hf_abcdefghijkl b secret-of-another-shape") == "a *** b ***"
+
+
+def test_card_of_a_base_without_one():
+    origin = Origin("/some/folder", None, {"config.json": 1}, "")
+    card = model_card(OWN, "ada/own", origin)
+    assert metadata(card.encode()) == {"pipeline_tag": "image-text-to-text", "library_name": "transformers"}
+    assert origin_of(card) is None
+
+
+def test_code_at_a_revision_is_loaded_at_that_revision():
+    config, model, processor = loading_lines(CODE_ONLY, "ada/code", BASE, "refs/pr/2")
+    assert 'revision="refs/pr/2", trust' in config and 'code_revision="refs/pr/2", trust' in model
+    assert BASE in model and 'revision="refs/pr/2"' in processor
+
+
+def test_the_server_hashes_as_git_does():
+    repo = Repo("a/b", "a")
+    assert repo.commit("main", {"x": b""}) == repo.refs["main"]
+    assert git_oid(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
