@@ -27,9 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from grounding import TASKS, build_question
-from media import load_image
-from upload_to_hub import (
-    AssemblyError,
+from hub.assembly import (
     assemble,
     fetch_base,
     fetch_checked,
@@ -38,6 +36,8 @@ from upload_to_hub import (
     read_json,
     remote_code_files,
 )
+from hub.errors import AssemblyError
+from media import load_image
 
 PROJECT = Path(__file__).resolve().parent
 DEMO_MODEL = PROJECT / "demo" / "checkpoint"
