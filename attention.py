@@ -36,6 +36,8 @@ class WindowAttention(Qwen2Attention):
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        # under autocast the rotation comes out wider than the values
+        query, key = query.to(value.dtype), key.to(value.dtype)
         keys, values = past_key_values.update(key, value, self.layer_idx, step)
 
         implementation = self.config._attn_implementation or "sdpa"

@@ -23,25 +23,29 @@ logger = logging.get_logger(__name__)
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 WARM_UP_STEPS = 2  # libraries choose and set up their kernels outside the capture
 
-Shape = tuple[int, int, bool, int]
+Shape = tuple[int, int, bool, bool, int]
 
 
-def bucket(rows: int, pending: int, windows: bool, longest: int, *, slots: int, capacity: int) -> Shape:
-    """The shape to run a step in: (rows, pending, windows, longest), each at least what was asked.
+def bucket(
+    rows: int, pending: int, windows: bool, all_lines: bool, longest: int, *, slots: int, capacity: int
+) -> Shape:
+    """The shape to run a step in: (rows, pending, windows, all_lines, longest), each at least what was asked.
 
     Key lengths grow by at most a quarter, in multiples of `KEY_BLOCK`.
     """
     sizes = [size for size in ROW_BUCKETS if size < slots] + [slots]
     unit = max(KEY_BLOCK, 1 << max(0, longest.bit_length() - 3))
     longest = min(-(-longest // unit) * unit, capacity)
-    return sizes[bisect_left(sizes, rows)], 1 if pending == 1 and not windows else WINDOW, windows, longest
+    pending = 1 if pending == 1 and not windows else WINDOW
+    return sizes[bisect_left(sizes, rows)], pending, windows, all_lines, longest
 
 
 class DecodeGraphs:
     """Runs a step's computation from graphs; where capture fails, as it is, from then on.
 
     Args:
-        compute: `(rows, pending, windows, longest) -> logits [lines, V]`, reading and writing persistent buffers only.
+        compute: `(rows, pending, windows, all_lines, longest) -> logits [lines, V]`, reading and writing persistent
+            buffers only.
         slots, capacity: of the cache; no bucket is larger.
         capture: replaces `capture_graph` in tests.
     """
@@ -54,11 +58,12 @@ class DecodeGraphs:
         self.pool: Any = None
         self.works = True
 
-    def __call__(self, rows: int, pending: int, windows: bool, longest: int) -> torch.Tensor:
-        """Logits of the first `rows` rows, `[rows * (6 if windows else 1), V]`."""
+    def __call__(self, rows: int, pending: int, windows: bool, all_lines: bool, longest: int) -> torch.Tensor:
+        """Logits `[lines, V]` of the first `rows` rows: of all 12 cells each, or of 6 or 1 (without windows)."""
+        asked = (rows, pending, windows, all_lines, longest)
         if not self.works:
-            return self.compute(rows, pending, windows, longest)
-        shape = bucket(rows, pending, windows, longest, slots=self.slots, capacity=self.capacity)
+            return self.compute(*asked)
+        shape = bucket(*asked, slots=self.slots, capacity=self.capacity)
         if shape not in self.graphs:
             try:
                 self.graphs[shape] = self.capture(self.compute, shape, self)
@@ -69,10 +74,10 @@ class DecodeGraphs:
                     f"the decode step cannot be captured as a CUDA graph, running it as it is: {error}"
                 )
                 self.works, self.graphs = False, {}
-                return self.compute(rows, pending, windows, longest)
+                return self.compute(*asked)
         replay, logits = self.graphs[shape]
         replay()
-        return logits[: rows * (WINDOW if windows else 1)]
+        return logits[: len(logits) // shape[0] * rows]
 
 
 def capture_graph(compute: Callable[..., torch.Tensor], shape: Shape, graphs: DecodeGraphs):

@@ -3,7 +3,8 @@
 """Pure decoding rules: logits → probabilities → six tokens → accepted tokens and the row's next mode.
 
 No model, no loop, no state. Every rule is vectorised over rows and makes no device-to-host copy. The reference is
-decoding.md §3 (logits to tokens), §4 (tokens to accepted tokens) and §5 (the autoregressive step).
+decoding.md §3 (logits to tokens), §4 (tokens to accepted tokens) and §5 (the autoregressive step); for `verify`,
+speculative decoding (Leviathan et al. 2023; Chen et al. 2023) with the model's own windows as drafts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -35,14 +37,17 @@ _NO_COORDINATE = 0  # hybrid: what an ambiguous coordinate becomes, so that §4'
 class Acceptance(NamedTuple):
     """What one step adds to each of R rows.
 
-    tokens: `[R, 6]` long, of which a row accepts the first `lengths`. lengths: `[R]` long, 1…6.
-    autoregressive: `[R]` bool, the row's next step is an AR step. finished: `[R]` bool.
+    tokens: `[R, 6]` long, or `[R, 11]` from `verify`, of which a row accepts the first `lengths` and keeps the next
+    `drafted` as its draft. lengths: `[R]` long, 1…6. autoregressive, verified: `[R]` bool, the row's next step is an
+    AR step, or one that verifies its draft. finished: `[R]` bool. drafted: `[R]` long, 0…5.
     """
 
     tokens: torch.Tensor
     lengths: torch.Tensor
     autoregressive: torch.Tensor
+    verified: torch.Tensor
     finished: torch.Tensor
+    drafted: torch.Tensor
 
 
 class StockTopPLogitsWarper(LogitsProcessor):
@@ -102,6 +107,16 @@ def draw(probabilities: torch.Tensor, generator: torch.Generator | None = None) 
     flat = probabilities.reshape(-1, probabilities.shape[-1])
     flat = flat / flat.sum(-1, keepdim=True)
     return torch.multinomial(flat, 1, replacement=True, generator=generator).view(probabilities.shape[:-1])
+
+
+def draw_with(noise: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """The draw from `[..., V]` probabilities that exponential noise of the same shape makes: `[...]` long.
+
+    Where p / noise is largest is distributed as p, and it is how `torch.multinomial` draws. Two distributions that are
+    alike mostly agree under one noise.
+    """
+    normalised = probabilities / probabilities.sum(-1, keepdim=True)
+    return (normalised / noise).argmax(-1)
 
 
 def window_tokens(
@@ -195,7 +210,7 @@ def accept_window(tokens: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles)
     accepted = tokens.clone()
     accepted[:, 0] = first.masked_fill(ends, roles.end)
     accepted[:, 2] = tokens[:, 2].masked_fill(nothing, roles.box_end)
-    return Acceptance(accepted, count, broken & hybrid, ends)
+    return _undrafted(accepted, count, broken & hybrid, ends)
 
 
 def accept_next(token: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) -> Acceptance:
@@ -208,7 +223,87 @@ def accept_next(token: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) ->
     inside = _is_coordinate(token, roles) | (token == roles.none)
     tokens = token[:, None].expand(-1, WINDOW)
     finished = torch.where(hybrid, ~closes & ~inside, token == roles.end)
-    return Acceptance(tokens, torch.ones_like(token), ~(hybrid & closes), finished)
+    return _undrafted(tokens, torch.ones_like(token), ~(hybrid & closes), finished)
+
+
+def verify(
+    chosen: torch.Tensor, draft: torch.Tensor, drafted: torch.Tensor, window: torch.Tensor, roles: TokenRoles
+) -> Acceptance:
+    """Keeps what next-token decoding would have said: the draft as far as it agrees, and one token more.
+
+    If all of a draft holds and the window behind it begins as next-token decoding goes on, the rest of that window, up
+    to its first null, is the next draft. If a part of a draft falls, what is left behind it stays a draft: of a box
+    whose x is one off, the rest is mostly right. Of that rest, the first coordinate is said anew: next-token decoding
+    has seen the draft before it, which is mostly nearly right.
+
+    Args:
+        chosen: `[R, P]` long, next-token decoding's choice behind the last committed token and behind each token of
+            the draft, P ≤ 6. Columns after a row's `drafted` may hold anything.
+        draft: `[R, P - 1]` long, of which the first `drafted`, `[R]` long, count.
+        window: `[R, 6]` long, the rules' tokens for the window behind the draft.
+    """
+    width = chosen.shape[1]
+    column = torch.arange(2 * WINDOW - 1, device=chosen.device)
+    agrees = (draft == chosen[:, :-1]) & (column[: width - 1] < drafted[:, None])
+    held = agrees.long().cumprod(-1).sum(-1)  # tokens of the draft
+    whole = held == drafted
+
+    # all of it held: behind the chosen tokens comes the window, of which the first token is chosen already
+    following = chosen.gather(1, held[:, None]).squeeze(1) == window[:, 0]
+    place = column - held[:, None]
+    extended = window.gather(1, place.clamp(0, WINDOW - 1))
+    # behind an end or a null, a window says nothing
+    speaks = (window[:, :-1] != roles.end) & (window[:, 1:] != roles.null)
+    in_window = torch.where(following, speaks.long().cumprod(-1).sum(-1), 0)
+
+    # a part of it fell: behind the chosen tokens comes the rest of the draft
+    chosen, draft = F.pad(chosen, (0, len(column) - width)), F.pad(draft, (0, len(column) - width + 1))
+    anew = (place == 1) & _is_coordinate(draft, roles) & _is_coordinate(chosen, roles)
+    rest = torch.where(anew, chosen, draft)
+
+    tokens = torch.where(place <= 0, chosen, torch.where(whole[:, None], extended, rest))
+    ends = (tokens == roles.end) & (place <= 0)
+    finished = ends.any(-1)
+    lengths = torch.where(finished, ends.long().argmax(-1), held) + 1
+    drafted = torch.where(whole, in_window, drafted - held - 1).masked_fill(finished, 0)
+    return Acceptance(tokens, lengths, torch.zeros_like(finished), ~finished, finished, drafted)
+
+
+def verify_label(accepted: Acceptance, wanted: torch.Tensor, roles: TokenRoles) -> Acceptance:
+    """Of rows whose labels are to be verified, takes back what a window said behind a `<ref>`: it becomes a draft.
+
+    Args:
+        accepted: of `accept_window`. wanted: `[R]` bool.
+    """
+    column = torch.arange(accepted.tokens.shape[1], device=wanted.device)
+    opens = (accepted.tokens == roles.ref_start) & (column < accepted.lengths[:, None])
+    opened = wanted & opens.any(-1) & ~accepted.finished
+    length = torch.where(opened, opens.long().argmax(-1) + 1, accepted.lengths)
+    return accepted._replace(lengths=length, verified=opened, drafted=accepted.lengths - length)
+
+
+def leave_label(accepted: Acceptance, only_labels: torch.Tensor, roles: TokenRoles) -> Acceptance:
+    """Rows of which only labels are verified go on with windows behind a `</ref>`.
+
+    Args:
+        accepted: of `verify`. only_labels: `[R]` bool.
+    """
+    column = torch.arange(accepted.tokens.shape[1], device=only_labels.device)
+    closes = (accepted.tokens == roles.ref_end) & (column < accepted.lengths[:, None])
+    closed = only_labels & closes.any(-1)
+    length = torch.where(closed, closes.long().argmax(-1) + 1, accepted.lengths)
+    return accepted._replace(
+        lengths=length,
+        verified=accepted.verified & ~closed,
+        finished=accepted.finished & ~closed,
+        drafted=accepted.drafted.masked_fill(closed, 0),
+    )
+
+
+def _undrafted(
+    tokens: torch.Tensor, lengths: torch.Tensor, autoregressive: torch.Tensor, finished: torch.Tensor
+) -> Acceptance:
+    return Acceptance(tokens, lengths, autoregressive, torch.zeros_like(finished), finished, torch.zeros_like(lengths))
 
 
 def _is_coordinate(ids: torch.Tensor, roles: TokenRoles) -> torch.Tensor:

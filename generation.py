@@ -16,20 +16,31 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .configuration import WINDOW, TokenRoles
 from .cuda_graphs import DecodeGraphs
-from .decoding import Acceptance, accept_next, accept_window, draw, stock_warpers, window_tokens
+from .decoding import (
+    Acceptance,
+    accept_next,
+    accept_window,
+    leave_label,
+    verify,
+    verify_label,
+    window_tokens,
+)
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, Stretch
 from .prefill import Entry, content_of, in_passes, plan
-from .settings import Recipe, RowSettings
+from .sampling import Sampler
+from .settings import RowSettings
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one whole prompt at least)
 LEAST_PREFILL_TOKENS = 256  # less is not tried after running out of memory
 MOST_INDICES = 256
+PHASES = ("mtp", "ar", "verified")  # from a window; next-token decoding; next-token decoding of a draft
 
 logger = logging.get_logger(__name__)
 
@@ -80,14 +91,22 @@ class Row:
     tokens: list[int] = field(init=False)
     cached: int = field(init=False, default=0)
     autoregressive: bool = field(init=False)
+    verified: bool = field(init=False)
+    drafted: int = field(init=False, default=0)  # tokens of the draft behind the committed ones
+    reach: int = field(init=False, default=0)  # places of its slot that the row has written
+    noise: list[torch.Tensor] = field(init=False, default_factory=list)  # of its next draws, by position
     done: bool = field(init=False, default=False)
     forwards: int = field(init=False, default=0)
     switches: int = field(init=False, default=0)
+    cut_at: int | None = field(init=False, default=None)  # tokens of the answer to keep, once that is known
     steps: list[tuple[str, int]] = field(init=False, default_factory=list)  # (mode, tokens accepted)
+    phases: list[str] = field(init=False, default_factory=list)  # how each token of the answer was accepted
+    scores: list[float] = field(init=False, default_factory=list)  # log-probabilities of the answer's tokens
 
     def __post_init__(self):
         self.tokens = list(self.prompt)
         self.autoregressive = self.settings.mode == "slow"
+        self.verified = self.settings.mode == "verified"
 
     @property
     def committed(self) -> int:
@@ -95,11 +114,24 @@ class Row:
 
     @property
     def pending(self) -> int:
-        return self.committed - self.cached
+        return self.committed + self.drafted - self.cached
+
+    @property
+    def phase(self) -> str:
+        """How the row's next tokens are accepted: one of `PHASES`."""
+        return "ar" if self.autoregressive else "verified" if self.verified else "mtp"
 
     @property
     def answer(self) -> list[int]:
         return self.tokens[len(self.prompt) :]
+
+    def cut(self, length: int) -> None:
+        """Keeps `length` tokens of the answer."""
+        del self.tokens[len(self.prompt) + length :], self.scores[length:], self.phases[length:]
+        ends = list(accumulate((count for _, count in self.steps), initial=0))
+        self.steps = [
+            (mode, max(0, min(count, length - end))) for (mode, count), end in zip(self.steps, ends, strict=False)
+        ]
 
     @property
     def room(self) -> int:
@@ -114,10 +146,12 @@ class GenerationLoop:
         model, features: see the protocols. layers: of the decoder.
         slots: rows decoded at a time; further rows wait and take the slots of finished ones.
         stops: ids that end a row, and its answer, wherever they are accepted.
-        criteria: asked after every accepted token, row by row.
+        criteria: asked after every accepted token, row by row. One with a method `kept`, as
+            `DegenerateAnswerCriteria` has, is asked that for the answer's ids, and the answer is cut there.
         streamer: gets the only row's prompt and tokens.
         generator: draws for every row that has none of its own; None is the global one.
         device: where ids live and rules run. graphs: whether to capture decode steps as CUDA graphs.
+        scored: whether rows keep the log-probabilities of their tokens.
     """
 
     def __init__(
@@ -135,13 +169,16 @@ class GenerationLoop:
         generator: torch.Generator | None,
         device: torch.device,
         graphs: bool = False,
+        scored: bool = False,
     ):
         self.model, self.features, self.roles = model, features, roles
         self.rows = rows
         self.waiting = deque(rows)
         self.active: list[Row] = []  # by slot
-        self.stops, self.criteria = stops, criteria
-        self.streamer, self.generator = streamer, generator
+        self.stops = stops
+        self.cutting = [criterion for criterion in criteria if hasattr(criterion, "kept")]
+        self.criteria = StoppingCriteriaList([one for one in criteria if not hasattr(one, "kept")])
+        self.streamer, self.scored = streamer, scored
         self.device, self.graphs = device, graphs
         self.packed = packs(device) and not graphs
 
@@ -150,15 +187,18 @@ class GenerationLoop:
         self.layers, self.slots, self.capacity = layers, slots, capacity + 1
         self.prefill_tokens = PREFILL_TOKENS
         self.empty_cache()
-        # Places behind a row's committed tokens repeat its first one, so that penalties see no token it lacks.
-        self.tokens = torch.zeros(slots, self.capacity, dtype=torch.long, device=device)
+        # Places behind a row's tokens and draft repeat its first one, so that penalties see no token it lacks.
+        self.tokens = torch.zeros(slots, self.capacity + WINDOW, dtype=torch.long, device=device)
         self.committed = torch.zeros(slots, dtype=torch.long, device=device)
-        self.cached = torch.zeros_like(self.committed)
+        self.cached, self.drafted, self.limits = (torch.zeros_like(self.committed) for _ in range(3))
         self.autoregressive = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.hybrid = torch.zeros_like(self.autoregressive)
-        self.first_line: list[int] = []  # of each slot, in the last step's logits
-        self._warpers: dict[Recipe, LogitsProcessorList] = {}
+        self.verified, self.hybrid, self.labels = (torch.zeros_like(self.autoregressive) for _ in range(3))
+        # where each slot's lines of the last step's logits begin: behind its tokens, and its window's
+        self.causal_lines: list[int] = []
+        self.window_lines: list[int] = []
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
+        ends = [roles.end, roles.null, *stops]
+        self.sampler = Sampler(self.tokens, ends, generator, self.at)
 
     def run(self) -> list[Row]:
         """Decodes all rows; returns them, finished."""
@@ -199,7 +239,7 @@ class GenerationLoop:
         self.features.halve()
         self.waiting.extendleft(reversed([row for row in self.active if not row.done]))
         for row in self.waiting:
-            row.cached = 0
+            row.cached = row.drafted = 0
         self.active = []
         self.empty_cache()
         if self.device.type == "cuda":
@@ -213,7 +253,7 @@ class GenerationLoop:
         for slot in reversed(range(len(self.active))):
             if not self.active[slot].done:
                 continue
-            self.written[slot] = self.active[slot].cached + WINDOW
+            self.written[slot] = self.active[slot].reach
             if self.waiting:
                 self.active[slot] = entering[slot] = self.waiting.popleft()
                 continue
@@ -237,7 +277,7 @@ class GenerationLoop:
         self.cache.move(source, target, row.cached)
         self.cache.clear(target, row.cached, self.written[target])
         self.residents[target] = self.residents.pop(source)
-        for state in (self.tokens, self.committed, self.cached, self.autoregressive, self.hybrid):
+        for state in self.states:
             state[target] = state[source]
 
     def enter(self, entering: dict[int, Row]) -> None:
@@ -248,9 +288,10 @@ class GenerationLoop:
             contents[slot] = content_of(row.tokens[:-1], self.roles.image, images, lengths)
             self.tokens[slot] = row.tokens[0]
             self.tokens[slot, : row.committed] = torch.tensor(row.tokens, device=self.device)
-            self.committed[slot], self.cached[slot] = row.committed, row.committed - 1
-            self.autoregressive[slot] = row.autoregressive
-            self.hybrid[slot] = row.settings.mode == "hybrid"
+            self.committed[slot], self.cached[slot], self.drafted[slot] = row.committed, row.committed - 1, 0
+            self.limits[slot] = row.settings.limit
+            self.autoregressive[slot], self.verified[slot] = row.autoregressive, row.verified
+            self.hybrid[slot], self.labels[slot] = row.settings.mode == "hybrid", row.settings.verify_labels
         for planned in plan(contents, self.residents):
             # NaN in one picture spreads to the tokens before it (0 × NaN under the causal mask): it must not be shared
             entries = [entry if self.is_sound(entry) else Entry(entry.slot, entry.length) for entry in planned]
@@ -262,7 +303,7 @@ class GenerationLoop:
             for group in in_passes(entries, self.prefill_tokens):
                 self.prefill(group, contents)
         for slot, row in entering.items():
-            row.cached = row.committed - 1
+            row.cached = row.reach = row.committed - 1
             self.residents[slot] = contents[slot]
             self.features.release(row.index)
 
@@ -286,161 +327,190 @@ class GenerationLoop:
 
     def forward(self) -> torch.Tensor:
         """One pass of the decoder over the active rows. Returns lines of logits `[N, V]` float32, see `lines_of`."""
-        ar = [row.autoregressive for row in self.active]
+        windows = not all(row.autoregressive for row in self.active)
+        all_lines = not self.packed and any(row.verified for row in self.active)
+        pending = WINDOW if all_lines else max(row.pending for row in self.active)
+        for row in self.active:
+            row.reach = max(row.reach, row.committed + row.drafted + WINDOW * (not row.autoregressive))
         logits = self.run_step(
             rows=len(self.active),
-            pending=max(row.pending for row in self.active),
-            windows=not all(ar),
-            longest=max(row.committed + WINDOW * (not row.autoregressive) for row in self.active),
+            pending=pending,
+            windows=windows,
+            all_lines=all_lines,
+            longest=max(row.reach for row in self.active),
         )
-        widths = [1 if one else WINDOW for one in ar] if self.packed else [WINDOW if not all(ar) else 1] * len(ar)
-        self.first_line = list(accumulate(widths, initial=0))
+        self.causal_lines, self.window_lines, line = [], [], 0
+        for row in self.active:
+            if self.packed:
+                causal, window = 0, row.drafted + 1 if row.verified else 0
+                count = 1 if row.autoregressive else window + WINDOW
+            elif all_lines:
+                causal, window, count = row.pending - row.drafted - 1, pending, pending + WINDOW
+            else:
+                causal, window, count = 0, 0, WINDOW if windows else 1
+            self.causal_lines.append(line + causal)
+            self.window_lines.append(line + window)
+            line += count
         return logits.to(self.device, torch.float32)
 
-    def compute(self, rows: int, pending: int, windows: bool, longest: int) -> torch.Tensor:
+    def compute(self, rows: int, pending: int, windows: bool, all_lines: bool, longest: int) -> torch.Tensor:
         """The pass itself, a function of the state on the device and of these shapes only: CUDA graphs capture it."""
         step = DecodeStep(
             self.committed[:rows],
             self.cached[:rows],
+            self.drafted[:rows],
             self.autoregressive[:rows],
+            self.verified[:rows],
             pending=pending,
             windows=windows,
             longest=longest,
             packed=self.packed,
+            all_lines=all_lines,
         )
         ids = self.tokens[step.slots, step.positions.squeeze(0)].masked_fill(step.masked, self.roles.mask)
         hidden = self.model.decode(self.model.embed_prompt(ids, []), step, self.cache)
         return self.model.logits(hidden[step.lines.to(hidden.device)])
 
-    def hold_back(self, logits: torch.Tensor, slots: list[int]) -> torch.Tensor:
-        """Forbids the end to rows that are to grow longer: in a window only its first token can end a row."""
-        rows = [self.active[slot] for slot in slots]
-        short = [place for place, row in enumerate(rows) if row.committed < row.settings.least]
-        if short:
-            ends = torch.tensor([self.roles.end, self.roles.null, *self.stops], device=self.device)
-            logits = logits.clone()
-            logits[self.at(short)[:, None], 0, ends] = float("-inf")
-        return logits
-
-    def lines_of(self, logits: torch.Tensor, slots: list[int], width: int) -> torch.Tensor:
-        """The logits `[rows, width, V]` of the rows in `slots`."""
-        if len(slots) * width == len(logits):
+    def lines_of(self, logits: torch.Tensor, starts: list[int], width: int) -> torch.Tensor:
+        """The `width` lines from each of `starts` on: `[rows, width, V]`. What lies behind the last line is that."""
+        if len(starts) * width == len(logits):
             return logits.unflatten(0, (-1, width))
-        lines = [self.first_line[slot] + line for slot in slots for line in range(width)]
+        lines = [min(start + line, len(logits) - 1) for start in starts for line in range(width)]
         return logits[self.at(lines)].unflatten(0, (-1, width))
 
-    def decide(self, logits: torch.Tensor) -> Acceptance:
-        """The decoding rules: what each active row accepts, by slot."""
-        ar = [slot for slot, row in enumerate(self.active) if row.autoregressive]
-        mtp = [slot for slot, row in enumerate(self.active) if not row.autoregressive]
-        parts = []
-        if ar:
-            _, tokens = self.choose(self.lines_of(logits, ar, 1), ar)
-            parts.append(accept_next(tokens[:, 0], self.hybrid[self.at(ar)], self.roles))
-        if mtp:
-            probabilities, candidates = self.choose(self.lines_of(logits, mtp, WINDOW), mtp)
-            hybrid = self.hybrid[self.at(mtp)]
-            tokens = window_tokens(probabilities, candidates, hybrid, self.roles)
-            parts.append(accept_window(tokens, hybrid, self.roles))
+    def decide(self, logits: torch.Tensor) -> tuple[Acceptance, torch.Tensor]:
+        """The decoding rules: what each active row accepts, by slot, and its tokens' log-probabilities `[R, 6]`."""
+        slots: dict[str, list[int]] = defaultdict(list)
+        for slot, row in enumerate(self.active):
+            slots[row.phase].append(slot)
+        rules = {"ar": self.decide_next, "mtp": self.decide_window, "verified": self.decide_verified}
+        parts = [rules[phase](logits, members) for phase, members in slots.items()]
         if len(parts) == 1:
             return parts[0]
-        order = self.at(ar + mtp).argsort()
-        return Acceptance(*(torch.cat(both)[order] for both in zip(*parts, strict=True)))
+        order = self.at([slot for members in slots.values() for slot in members]).argsort()
+        widest = max(part.tokens.shape[1] for part, _ in parts)
+        accepted = [part._replace(tokens=F.pad(part.tokens, (0, widest - part.tokens.shape[1]))) for part, _ in parts]
+        joined = Acceptance(*(torch.cat(each)[order] for each in zip(*accepted, strict=True)))
+        return joined, torch.cat([scores for _, scores in parts])[order]
 
-    def choose(self, logits: torch.Tensor, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """decoding.md §3 steps 1–6 for the rows in `slots`, by recipe.
+    def decide_next(self, logits: torch.Tensor, slots: list[int]) -> tuple[Acceptance, torch.Tensor]:
+        """An AR step of the rows in `slots`."""
+        lines = self.lines_of(logits, [self.causal_lines[slot] for slot in slots], 1)
+        probabilities, tokens = self.sampler.choose(lines, [self.active[slot] for slot in slots], slots)
+        accepted = accept_next(tokens[:, 0], self.hybrid[self.at(slots)], self.roles)
+        return accepted, self.log_probabilities(probabilities, accepted)
 
-        Args:
-            logits: `[rows, width, V]` float32, width 6 (MTP) or 1 (AR).
+    def decide_window(self, logits: torch.Tensor, slots: list[int]) -> tuple[Acceptance, torch.Tensor]:
+        """An MTP step of the rows in `slots`."""
+        lines = self.lines_of(logits, [self.window_lines[slot] for slot in slots], WINDOW)
+        probabilities, candidates = self.sampler.choose(lines, [self.active[slot] for slot in slots], slots)
+        hybrid = self.hybrid[self.at(slots)]
+        tokens = window_tokens(probabilities, candidates, hybrid, self.roles)
+        accepted = accept_window(tokens, hybrid, self.roles)
+        if any(self.active[slot].settings.verify_labels for slot in slots):
+            accepted = verify_label(accepted, self.labels[self.at(slots)], self.roles)
+        return accepted, self.log_probabilities(probabilities, accepted)
 
-        Returns:
-            probabilities `[rows, width, V]`, tokens `[rows, width]` (argmax, or a draw where the row samples).
-        """
-        logits = self.hold_back(logits, slots)
-        groups: dict[tuple, list[int]] = defaultdict(list)
-        for place, slot in enumerate(slots):
-            row = self.active[slot]
-            alone = slot if row.processors or (row.generator is not None and row.settings.recipe.samples) else None
-            groups[row.settings.recipe, alone].append(place)
-        if len(groups) == 1:
-            return self.choose_alike(logits, slots)
-        probabilities = torch.empty_like(logits)
-        tokens = torch.empty(logits.shape[:2], dtype=torch.long, device=self.device)
-        for places in groups.values():
-            at = self.at(places)
-            probabilities[at], tokens[at] = self.choose_alike(logits[at], [slots[place] for place in places])
-        return probabilities, tokens
+    def decide_verified(self, logits: torch.Tensor, slots: list[int]) -> tuple[Acceptance, torch.Tensor]:
+        """A step of the rows in `slots` that verifies their drafts."""
+        rows, at = [self.active[slot] for slot in slots], self.at(slots)
+        width = 1 + max(row.drafted for row in rows) if self.packed else WINDOW
+        causal = self.lines_of(logits, [self.causal_lines[slot] for slot in slots], width)
+        window = self.lines_of(logits, [self.window_lines[slot] for slot in slots], WINDOW)
+        probabilities, chosen, window, candidates = self.sampler.choose_verified(causal, window, rows, slots)
+        tokens = window_tokens(window, candidates, torch.zeros_like(self.hybrid[at]), self.roles)
+        place = self.committed[at, None] + torch.arange(width - 1, device=self.device)
+        draft, drafted = self.tokens[at].gather(1, place), self.drafted[at]
+        accepted = verify(chosen, draft, drafted, tokens, self.roles)
+        if any(row.settings.verify_labels for row in rows):
+            accepted = leave_label(accepted, self.labels[at], self.roles)
+        return accepted, self.log_probabilities(probabilities, accepted)
 
-    def choose_alike(self, logits: torch.Tensor, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`choose` for rows with one recipe, and one generator if they sample."""
-        rows = [self.active[slot] for slot in slots]
-        recipe, width = rows[0].settings.recipe, logits.shape[1]
-        if warpers := self.warpers(rows[0]):
-            longest = max(row.committed for row in rows)
-            ids = self.tokens[self.at(slots), :longest].repeat_interleave(width, 0)
-            logits = warpers(ids, logits.flatten(0, 1)).view(logits.shape)
-        probabilities = logits.softmax(-1)
-        if recipe.samples:
-            return probabilities, draw(probabilities, rows[0].generator or self.generator)
-        return probabilities, probabilities.argmax(-1)
+    def log_probabilities(self, probabilities: torch.Tensor, accepted: Acceptance) -> torch.Tensor:
+        """`[R, 6]` of the accepted tokens, under the distributions they were accepted from."""
+        if not self.scored:
+            return probabilities.new_zeros(len(probabilities), WINDOW)
+        tokens = accepted.tokens[:, : probabilities.shape[1], None]
+        scores = probabilities.gather(-1, tokens).squeeze(-1).log()
+        return F.pad(scores, (0, WINDOW - scores.shape[1]))
 
-    def warpers(self, row: Row) -> LogitsProcessorList:
-        recipe = row.settings.recipe
-        if row.processors or recipe not in self._warpers:
-            made = stock_warpers(
-                repetition_penalty=recipe.repetition_penalty,
-                temperature=recipe.temperature,
-                top_p=recipe.top_p,
-                top_k=recipe.top_k,
-                between=row.processors,
-            )
-            if row.processors:
-                return made
-            self._warpers[recipe] = made
-        return self._warpers[recipe]
-
-    def commit(self, accepted: Acceptance) -> None:
+    def commit(self, decided: tuple[Acceptance, torch.Tensor]) -> None:
         """Accepted tokens join their rows, on the device and, by the step's only copy, on the host."""
+        accepted, scores = decided
         rows = len(self.active)
-        column = torch.arange(WINDOW, device=self.device)
-        tokens, committed = self.tokens[:rows], self.committed[:rows]
-        kept = torch.where(column < accepted.lengths[:, None], accepted.tokens, tokens[:, :1])
+        column = torch.arange(accepted.tokens.shape[1], device=self.device)
+        tokens, committed, verified = self.tokens[:rows], self.committed[:rows], self.verified[:rows]
+        # a draft that reached the limit would have no place in the cache
+        drafted = accepted.drafted.minimum(self.limits[:rows] - committed - accepted.lengths - 1).clamp(min=0)
+        kept = torch.where(column < (accepted.lengths + drafted)[:, None], accepted.tokens, tokens[:, :1])
         tokens.scatter_(1, committed[:, None] + column, kept)
-        self.cached[:rows] = committed
+        # what was verified has been fed, but for the last token; what a window said has not
+        self.cached[:rows] = torch.where(verified, committed + accepted.lengths - 1, committed)
         committed += accepted.lengths
-        self.autoregressive[:rows] = accepted.autoregressive
+        self.drafted[:rows] = drafted
+        self.autoregressive[:rows], self.verified[:rows] = accepted.autoregressive, accepted.verified
 
-        flags = torch.stack([accepted.lengths, accepted.autoregressive.long(), accepted.finished.long()], 1)
-        for row, line in zip(self.active, torch.cat([accepted.tokens, flags], 1).tolist(), strict=True):
-            count, autoregressive, finished = line[WINDOW:]
-            self.extend(row, line[:count], bool(autoregressive), bool(finished))
+        flags = (accepted.lengths, drafted, accepted.autoregressive, accepted.verified, accepted.finished)
+        parts = [accepted.tokens[:, :WINDOW], torch.stack(flags, 1)]
+        if self.scored:
+            parts.append(scores.view(torch.int32))
+        lines = torch.cat(parts, 1).cpu()
+        scored = lines[:, -WINDOW:].int().view(torch.float32).tolist() if self.scored else [[]] * rows
+        for row, line, values in zip(self.active, lines.tolist(), scored, strict=True):
+            length, drafted, autoregressive, verified, finished = line[WINDOW : WINDOW + len(flags)]
+            self.extend(row, line[:length], values, drafted, bool(autoregressive), bool(verified), bool(finished))
 
-    def extend(self, row: Row, new: list[int], autoregressive: bool, finished: bool) -> None:
+    def extend(
+        self,
+        row: Row,
+        new: list[int],
+        scores: list[float],
+        drafted: int,
+        autoregressive: bool,
+        verified: bool,
+        finished: bool,
+    ) -> None:
         kept = self.before_stop(row, new)
         # the stock counts an AR step that ends its row among the MTP ones
-        row.steps.append(("ar" if row.autoregressive and not finished else "mtp", len(kept)))
+        phase = "mtp" if row.autoregressive and finished else row.phase
+        row.steps.append((phase, len(kept)))
         row.switches += autoregressive and not row.autoregressive
         row.forwards += 1
-        row.cached = row.committed
+        row.cached = row.committed + len(new) - 1 if row.verified else row.committed
         row.tokens += kept
-        row.autoregressive = autoregressive
+        row.scores += scores[: len(kept)]
+        row.phases += [row.phase] * len(kept)
+        row.noise = row.noise[len(kept) :] if verified else []
+        row.drafted, row.autoregressive, row.verified = drafted, autoregressive, verified
         row.done = finished or row.done or row.committed >= row.settings.limit
+        if row.cut_at is not None:
+            row.cut(row.cut_at)
         if self.streamer is not None:
             self.streamer.put(torch.tensor(kept))
 
     def before_stop(self, row: Row, new: list[int]) -> list[int]:
         """The accepted tokens up to the first that ends the row by the caller's stops or criteria."""
-        if not self.stops and not self.criteria:
+        if not self.stops and not self.criteria and not self.cutting:
             return new
+        answer = row.answer if self.cutting else []
         for count, token in enumerate(new, 1):
+            answer.append(token)
             if token in self.stops and row.committed + count > row.settings.least:
                 row.done = True
             elif self.criteria:
                 ids = torch.tensor([row.tokens + new[:count]], device=self.device)
                 row.done = bool(torch.as_tensor(self.criteria(ids, None)).any())
+            row.cut_at = next((kept for one in self.cutting if (kept := one.kept(answer)) is not None), None)
+            row.done = row.done or row.cut_at is not None
             if row.done:
                 return new[:count]
         return new
+
+    @property
+    def states(self) -> tuple[torch.Tensor, ...]:
+        """What the device knows of each slot's row."""
+        numbers = (self.tokens, self.committed, self.cached, self.drafted, self.limits)
+        return (*numbers, self.autoregressive, self.verified, self.hybrid, self.labels)
 
     def at(self, places: list[int]) -> torch.Tensor:
         """`places` as an index on the device; the same few come at every step, so they are copied there once."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -82,19 +83,38 @@ def parse_answer(text: str) -> list[Grounding]:
     Returns:
         Groundings in the order of the text. A box's corners are sorted.
     """
-    found: list[Grounding] = []
-    label, opened = "", None
+    return [grounding for grounding, *_ in parse_places(text)]
+
+
+def parse_places(text: str) -> list[tuple[Grounding, range, range]]:
+    """`parse_answer`, and where in the text each grounding stands.
+
+    Returns:
+        (grounding, characters of its label, characters from `<box>` to `</box>`). A label of several groundings is in
+        one place; none is an empty one.
+    """
+    found: list[tuple[Grounding, range, range]] = []
+    label, opened = range(0), None
     for piece in _PIECES.finditer(text):
         token = piece[0]
         if token == "<ref>":
             opened = piece.end()
             continue
         if opened is not None:
-            label, opened = text[opened : piece.start()].strip(), None
+            label, opened = range(opened, piece.start()), None
         if token != "</ref>":
             numbers = tuple(map(int, _NUMBER.findall(token)))
-            found.append(Grounding(label, numbers if len(numbers) == 2 else _sorted_corners(numbers)))
+            coordinates = numbers if len(numbers) == 2 else _sorted_corners(numbers)
+            words = text[label.start : label.stop].strip()
+            found.append((Grounding(words, coordinates), label, range(piece.start(), piece.end())))
     return found
+
+
+def geometric_mean(log_probabilities: Sequence[float]) -> float:
+    """exp of the mean, in [0, 1]: the probability of a token, on an average. 1 for no tokens."""
+    if not log_probabilities:
+        return 1.0
+    return min(1.0, math.exp(sum(log_probabilities) / len(log_probabilities)))
 
 
 def to_pixels(coordinates: Sequence[int], width: float, height: float) -> tuple[float, ...]:
@@ -110,4 +130,13 @@ def _sorted_corners(box: tuple[int, ...]) -> tuple[int, ...]:
     return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
-__all__ = ["ANSWER_TOKENS", "TASKS", "Grounding", "build_question", "parse_answer", "to_pixels"]
+__all__ = [
+    "ANSWER_TOKENS",
+    "TASKS",
+    "Grounding",
+    "build_question",
+    "geometric_mean",
+    "parse_answer",
+    "parse_places",
+    "to_pixels",
+]

@@ -3,9 +3,9 @@
 """The KV cache: one slot per row, written in place; and what each token of a forward pass sees of it.
 
 A forward pass is packed: its T tokens of all rows lie side by side, `[1, T, hidden]`, and nothing is padding. A
-`PrefillStep` appends stretches of prompts; a `DecodeStep` feeds every row's pending tokens and, for rows in MTP mode,
-a window of six after them (decoding.md §2). A step tells the cache where to write and gives the attention its queries,
-keys and visibility.
+`PrefillStep` appends stretches of prompts; a `DecodeStep` feeds every row's pending tokens and, but for rows in AR
+mode, a window of six after them (decoding.md §2). A step tells the cache where to write and gives the attention its
+queries, keys and visibility.
 """
 
 from __future__ import annotations
@@ -152,20 +152,25 @@ class PrefillStep:
 
 
 class DecodeStep:
-    """One decode pass over the rows in slots 0 … R-1: pending tokens, then a window for each row in MTP mode.
+    """One decode pass over the rows in slots 0 … R-1: pending tokens, then a window for each row that has one.
 
-    The grid of a step is `[R, Q]`: columns 0 … P-1 hold pending tokens (from the left), the last six, if any row is in
-    MTP mode, the window. Logits are read at the six places of a window, or at a row's last pending token.
+    The grid of a step is `[R, Q]`: columns 0 … P-1 hold pending tokens (from the left), the last six, if any row has
+    one, the window. A row's draft, tokens that are yet to be verified, is pending behind its committed tokens. Logits
+    are read at the six places of a window; at the last pending token of a row without one; and where a draft is
+    verified, at the last committed token and behind each of the draft too.
 
-    A window's keys go to the places right after the committed tokens, where the next step's pending tokens overwrite
-    them; until then the mask hides them from everybody but the window.
+    A window's keys go to the places right after the pending tokens, where the next step's pending tokens overwrite
+    them; until then the mask hides them from everybody but the window. So it is with a draft's that did not hold.
 
     Args:
         committed: `[R]` long, tokens of each row (decoding.md's n). cached: `[R]` long, how many the cache holds.
-        autoregressive: `[R]` bool. pending: the largest `committed - cached`. windows: whether any row has one.
+        drafted: `[R]` long, how many follow the committed ones. autoregressive: `[R]` bool, rows without a window.
+        verified: `[R]` bool, rows whose logits are also read at pending tokens.
+        pending: the largest `committed + drafted - cached`. windows: whether any row has one.
         longest: the largest index written, plus one.
         packed: cells that a row does not use are left out. Otherwise the whole grid is computed and every row has as
             many lines of logits: shapes then follow from the arguments alone, without a device-to-host copy.
+        all_lines: if not packed, whether every cell is read; needed where any row is verified.
 
     Attributes:
         slots, offsets, masked: `[T]`, of each fed token: where it is written, and whether the mask token is fed.
@@ -177,29 +182,31 @@ class DecodeStep:
         self,
         committed: torch.Tensor,
         cached: torch.Tensor,
+        drafted: torch.Tensor,
         autoregressive: torch.Tensor,
+        verified: torch.Tensor,
         *,
         pending: int,
         windows: bool,
         longest: int,
         packed: bool = True,
+        all_lines: bool = False,
     ):
         device = committed.device
         rows = committed.shape[0]
         width = pending + WINDOW * windows
         self.shape = (rows, width)
-        n, c = committed[:, None], cached[:, None]
+        n, c = (committed + drafted)[:, None], cached[:, None]
+        ar = autoregressive[:, None]
 
         fed = c + torch.arange(pending, device=device)  # [R, P]
-        last = (n - c - 1).clamp(min=0)  # column of a row's last pending token
-        offsets, positions, valid, read = fed, fed, fed < n, last
+        last = (committed[:, None] - c - 1).clamp(min=0)  # column of a row's last committed token
+        offsets, positions, valid = fed, fed, fed < n
         if windows:
             slot_of_window = torch.arange(WINDOW, device=device)
-            ar = autoregressive[:, None]
             offsets = torch.cat([offsets, n + slot_of_window], 1)
             positions = torch.cat([positions, n - 1 + slot_of_window], 1)
             valid = torch.cat([valid, ~ar.expand(-1, WINDOW)], 1)
-            read = torch.where(ar, last, pending + slot_of_window)  # [R, 6]
 
         # Pending token i sees keys 0 … i. A window slot sees 0 … n-2 and the window; never n-1, which slot 0 repeats.
         key = torch.arange(round_up(longest), device=device)
@@ -212,14 +219,16 @@ class DecodeStep:
         self._mask: torch.Tensor | None = None
 
         cells = torch.arange(rows * width, device=device)
-        read = (read + width * torch.arange(rows, device=device)[:, None]).flatten()
         if packed:
             self.kept = cells[valid.flatten()]
-            if windows:
-                read = read[(~ar | (slot_of_window == 0)).flatten()]
-            self.lines = (valid.flatten().long().cumsum(0) - 1)[read]
+            column = torch.arange(width, device=device)
+            read = (column >= pending) | ((ar | verified[:, None]) & (column >= last))
+            self.lines = (valid.flatten().long().cumsum(0) - 1)[(read & valid).flatten()]
         else:
-            self.kept, self.lines = cells, read
+            self.kept = self.lines = cells
+            if not all_lines:
+                read = torch.where(ar, last, pending + slot_of_window) if windows else last  # [R, 6 or 1]
+                self.lines = (read + width * torch.arange(rows, device=device)[:, None]).flatten()
             # an unused cell writes to its slot's last place, which no row reaches
             offsets = torch.where(valid, offsets, -1)
         self.slots = self.kept // width

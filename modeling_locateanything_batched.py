@@ -35,11 +35,13 @@ from .attention import WindowAttention
 from .configuration import WINDOW, LocateAnythingConfig, MoonViTConfig
 from .cuda_graphs import DecodeGraphs  # noqa: F401
 from .decoding import Acceptance  # noqa: F401
-from .generation import GenerationLoop, Row
+from .generation import PHASES, GenerationLoop, Row
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
 from .prefill import Entry  # noqa: F401
-from .prompts import PATCHES_A_PASS, PromptFeatures, Prompts, read_grids, read_prompts
+from .prompts import PATCHES_A_PASS, PromptFeatures, left_padded, read_grids, read_prompts
+from .sampling import Sampler  # noqa: F401
 from .settings import resolve
+from .stopping import DegenerateAnswerCriteria
 from .vision import MoonViTModel
 
 ROWS_A_STEP = 32  # beyond, arithmetic takes all the time that memory traffic saves
@@ -52,10 +54,16 @@ class LocateAnythingGenerateOutput(ModelOutput):
     Args:
         sequences: `[rows, prompt + new]` long, prompts padded on the left as they came, answers on the right.
         row_forwards: `[rows]` long, the decoding forwards each row took part in (the stock's `forward_step`).
+        scores: with `output_scores=True`, `[rows, new]` float32: log-probability of each token of the answers, under
+            the distribution it was accepted from, after penalties and filters. NaN on padding.
+        accepted_by: with `output_scores=True`, `[rows, new]` long, an index into `PHASES`: 0 "mtp" from a window, 1
+            "ar" by next-token decoding, 2 "verified" by next-token decoding of a draft. -1 on padding.
     """
 
     sequences: torch.Tensor | None = None
     row_forwards: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    accepted_by: torch.Tensor | None = None
 
 
 class LocateAnythingPreTrainedModel(PreTrainedModel):
@@ -265,6 +273,21 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
 
     # ---- generate
 
+    left_padded = staticmethod(left_padded)
+
+    def degenerate_answer_criteria(self, **options: int) -> DegenerateAnswerCriteria:
+        """A stopping criterion for rows that repeat a box, cycle through boxes or march a thin box along an axis.
+
+            model.generate(**inputs, stopping_criteria=[model.degenerate_answer_criteria()])
+
+        Args:
+            options: `period`, `times`, `march`, `thin`, see `DegenerateAnswerCriteria`.
+
+        Raises:
+            ValueError: a number out of range.
+        """
+        return DegenerateAnswerCriteria(self.config.token_roles, **options)
+
     @torch.no_grad()
     def generate(
         self,
@@ -280,6 +303,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         image_grid_hws: torch.Tensor | np.ndarray | None = None,
         visual_features: Sequence[torch.Tensor] | torch.Tensor | None = None,
         generation_mode: str | Sequence[str] = "hybrid",
+        verify_labels: bool | Sequence[bool] = False,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         streamer: BaseStreamer | None = None,
         max_batch_rows: int | None = None,
@@ -298,14 +322,19 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
                 columns) in patches.
             visual_features: instead of pixels, `extract_feature`'s result (a list, one `[tokens, 4 * vision hidden]`
                 per image), or one tensor `[tokens, hidden]` that is projected already.
-            generation_mode: "hybrid", "fast" or "slow"; one for all, or a list with one per row.
+            generation_mode: "hybrid", "fast", "slow", or "verified", the answer of "slow" at nearly the speed of
+                "fast": windows are drafts, and next-token decoding confirms them one forward later. One for all, or a
+                list with one per row.
+            verify_labels: in "hybrid" and "fast", accept text in `<ref>…</ref>` as "verified" does. May be a list.
             generation_config and keyword arguments: transformers'. `temperature`, `do_sample`, `top_p`, `top_k`,
                 `repetition_penalty`, `max_new_tokens` and `max_length` may be lists with one value per row.
                 `max_length` counts a row's own tokens, without padding. A `temperature=` above 0 samples; the default
                 is greedy. `eos_token_id` adds ids that end a row to the model's own end of turn.
             logits_processor: called per row with `input_ids` `[6, n]` (its committed tokens, once for each window
-                slot; `[1, n]` in a next-token step) and `scores` `[6, V]` float32.
-            stopping_criteria: asked after every accepted token of every row, with `input_ids` `[1, n]`.
+                slot; `[1, n]` in a next-token step, and for each token that verifies a draft) and `scores` `[6, V]`
+                float32.
+            stopping_criteria: asked after every accepted token of every row, with `input_ids` `[1, n]`. See also
+                `degenerate_answer_criteria`.
             generator: draws for all rows, or a list with one per row (of the answer, after `num_return_sequences`);
                 then a row's draws do not depend on its neighbours.
             streamer: gets prompt and tokens of a single row.
@@ -321,6 +350,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             Without `tokenizer`: `[rows, L + new]` long, padded with the pad token behind the answers, or a
             `LocateAnythingGenerateOutput` with `return_dict_in_generate=True`. An MTP step may pass the limit by up
             to five tokens; they stay, as in the stock.
+            With `output_scores=True` it also has `scores` and `accepted_by`, of each token.
             With `tokenizer`: the text of one row, or a list of texts; with `verbose=True` the tuple (text, history,
             statistics), history being the (mode, text) of each forward.
 
@@ -344,6 +374,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         call = resolve(
             [len(prompt) for prompt in prompts.rows],
             generation_mode=generation_mode,
+            verify_labels=verify_labels,
             given=generation_config,
             default=self.generation_config,
             arguments=kwargs,
@@ -389,15 +420,24 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             generator=generator if isinstance(generator, torch.Generator) else None,
             device=device,
             graphs=self._captures(decode_graphs, device),
+            scored=call.scored,
         )
         rows = loop.run()
         if as_text:
             return self._as_text(rows, tokenizer, verbose, started)
-        sequences = self._as_sequences(rows, prompts, repeats, call.pad_token_id)
+        place = prompts.input_ids.device
+        answers = _side_by_side([row.answer for row in rows], call.pad_token_id, torch.long, place)
+        sequences = torch.cat([prompts.input_ids.repeat_interleave(repeats, 0), answers], 1)
         if not call.return_dict:
             return sequences
-        forwards = torch.tensor([row.forwards for row in rows], device=sequences.device)
-        return LocateAnythingGenerateOutput(sequences=sequences, row_forwards=forwards)
+        output = LocateAnythingGenerateOutput(
+            sequences=sequences, row_forwards=torch.tensor([row.forwards for row in rows], device=place)
+        )
+        if call.scored:
+            phases = [[PHASES.index(phase) for phase in row.phases] for row in rows]
+            output.scores = _side_by_side([row.scores for row in rows], float("nan"), torch.float32, place)
+            output.accepted_by = _side_by_side(phases, -1, torch.long, place)
+        return output
 
     def _rows_that_fit(self, tokens: int, device: torch.device) -> int:
         """Rows whose caches of `tokens` tokens fit into half of the free memory, `ROWS_A_STEP` at most."""
@@ -428,16 +468,6 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         return list(generator)
 
     @staticmethod
-    def _as_sequences(rows: list[Row], prompts: Prompts, repeats: int, pad_token_id: int) -> torch.Tensor:
-        width = max(len(row.answer) for row in rows)
-        answers = torch.tensor(
-            [row.answer + [pad_token_id] * (width - len(row.answer)) for row in rows],
-            dtype=torch.long,
-            device=prompts.input_ids.device,
-        )
-        return torch.cat([prompts.input_ids.repeat_interleave(repeats, 0), answers], 1)
-
-    @staticmethod
     def _as_text(rows: list[Row], tokenizer: Any, verbose: bool, started: float) -> Any:
         def text_of(ids: list[int]) -> str:
             return tokenizer.decode(ids, skip_special_tokens=False)
@@ -461,6 +491,12 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
                 history.append((mode, text_of([next(ids) for _ in range(count)])))
             histories.append(history)
         return answer, histories[0] if len(rows) == 1 else histories, statistics
+
+
+def _side_by_side(rows: list[list], filling: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Lists of different lengths → `[rows, longest]`, padded on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [filling] * (width - len(row)) for row in rows], dtype=dtype, device=device)
 
 
 __all__ = [

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import accumulate, chain, islice, takewhile
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +29,7 @@ from .conversations import (
     read_conversations,
     video_of,
 )
-from .grounding import ANSWER_TOKENS, parse_answer, to_pixels
+from .grounding import ANSWER_TOKENS, Grounding, geometric_mean, parse_answer, parse_places, to_pixels
 from .image_processing import LocateAnythingImageProcessor, Source, as_batch, image_layout, is_array, is_list
 from .media import load_image, load_video
 
@@ -463,7 +465,9 @@ class LocateAnythingProcessor(ProcessorMixin):
             for row in rows
         ]
 
-    def post_process_grounding(self, outputs: Any, target_sizes: Any = None) -> list[dict[str, Any]]:
+    def post_process_grounding(
+        self, outputs: Any, target_sizes: Any = None, threshold: float | None = None
+    ) -> list[dict[str, Any]]:
         """Labelled boxes and points of each answer, in the shape of transformers' object-detection post-processing.
 
         Only the answer is read: what follows the last opening of an assistant's turn, up to its end, or all of a row
@@ -475,15 +479,26 @@ class LocateAnythingProcessor(ProcessorMixin):
                 `sequences`, lists of ids, a text or a list of texts with special tokens kept.
             target_sizes: `[rows, 2]` or a list of (height, width) in pixels. None leaves fractions of the image's
                 sides, 0…1.
+            threshold: boxes and points with a lower score are left out; needs a `ModelOutput` with `scores`, which
+                `generate(return_dict_in_generate=True, output_scores=True)` returns.
 
         Returns:
             Per row `boxes` float32 `[n, 4]` (x_min, y_min, x_max, y_max), `labels` (n texts, "" for none), `points`
             float32 `[m, 2]` (x, y) and `point_labels` (m texts), in pixels, or fractions without `target_sizes`.
+            Of a `ModelOutput` with `scores` also `scores` and `label_scores`, float32 `[n]`, `point_scores` and
+            `point_label_scores`, `[m]`, in [0, 1]. The score of a box or point is the geometric mean of the
+            probabilities of its coordinate tokens, as the model gave them when it accepted them; the score of a label
+            that of its tokens, 1 where there is no label.
 
         Raises:
-            ValueError: outputs of another kind, another number of target_sizes than rows, or sizes that are not two
-                positive numbers each.
+            ValueError: outputs of another kind, another number of target_sizes than rows, sizes that are not two
+                positive numbers each, or a threshold without scores or outside of 0…1.
         """
+        scores = getattr(outputs, "scores", None)
+        if threshold is not None:
+            _check_threshold(threshold, scores)
+        if is_array(scores):
+            return self._scored_groundings(outputs.sequences, scores, target_sizes, threshold or 0.0)
         outputs = getattr(outputs, "sequences", outputs)
         if isinstance(outputs, str):
             texts = [outputs]
@@ -493,17 +508,40 @@ class LocateAnythingProcessor(ProcessorMixin):
             texts = [self.tokenizer.decode(row, skip_special_tokens=False) for row in _id_rows(outputs)]
         found = []
         for text, (height, width) in zip(texts, _sizes(target_sizes, len(texts)), strict=True):
-            items = parse_answer(_answer_of(text))
-            placed = [to_pixels(item.coordinates, width, height) for item in items]
-            boxes, points = ([i for i, item in enumerate(items) if item.is_point == kind] for kind in (False, True))
-            found.append(
-                {
-                    "boxes": torch.tensor([placed[i] for i in boxes], dtype=torch.float32).view(-1, 4),
-                    "labels": [items[i].label for i in boxes],
-                    "points": torch.tensor([placed[i] for i in points], dtype=torch.float32).view(-1, 2),
-                    "point_labels": [items[i].label for i in points],
-                }
-            )
+            found.append(_in_tensors(parse_answer(_answer_of(text)), width, height))
+        return found
+
+    def _scored_groundings(
+        self, sequences: Any, scores: Any, target_sizes: Any, threshold: float
+    ) -> list[dict[str, Any]]:
+        """sequences: `[rows, prompt + new]` ids; scores: `[rows, new]` log-probabilities, NaN on padding."""
+        rows, scores = _id_rows(sequences), scores.tolist()
+        found = []
+        for ids, values, (height, width) in zip(rows, scores, _sizes(target_sizes, len(rows)), strict=True):
+            values = list(takewhile(lambda value: not math.isnan(value), values))
+            start = len(ids) - len(scores[0])
+            ids = ids[start : start + len(values)]
+            # characters that several tokens make together are no matter here: labels are read from the ids again
+            pieces = [self.tokenizer.decode([index], skip_special_tokens=False) for index in ids]
+            ends = list(accumulate(map(len, pieces)))
+            text = "".join(pieces)
+            length = len(text.partition(TURN_END)[0])
+            items, box_scores, label_scores = [], [], []
+            for item, label, box in parse_places(text[:length]):
+                own, named = (
+                    range(bisect_right(ends, place.start), bisect_left(ends, place.stop) + 1) if place else range(0)
+                    for place in (box, label)
+                )
+                # a box that is spelt in ordinary tokens has no coordinate tokens
+                coordinates = [i for i in own if pieces[i][1:-1].isdigit()] or own
+                score = geometric_mean([values[i] for i in coordinates])
+                if np.float32(score) < np.float32(threshold):  # scores come out in float32
+                    continue
+                words = self.tokenizer.decode([ids[i] for i in named], skip_special_tokens=False).strip()
+                items.append(Grounding(words if named else "", item.coordinates))
+                box_scores.append(score)
+                label_scores.append(geometric_mean([values[i] for i in named]))
+            found.append(_in_tensors(items, width, height, box_scores, label_scores))
         return found
 
 
@@ -668,6 +706,36 @@ def _sizes(target_sizes: Any, rows: int) -> list[tuple[float, float]]:
             raise ValueError(f"target_sizes: got {size!r}; expected (height, width) in pixels.")
         checked.append((pair[0], pair[1]))
     return checked
+
+
+def _check_threshold(threshold: Any, scores: Any) -> None:
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: got {threshold!r}; expected a number from 0 to 1.")
+    if scores is None:
+        raise ValueError(
+            f"threshold: got {threshold} for outputs without scores; pass what generate(…, "
+            "return_dict_in_generate=True, output_scores=True) returned."
+        )
+
+
+def _in_tensors(
+    items: list[Grounding],
+    width: float,
+    height: float,
+    scores: list[float] | None = None,
+    label_scores: list[float] | None = None,
+) -> dict[str, Any]:
+    """Boxes and points apart, in pixels of a `width`×`height` image."""
+    found: dict[str, Any] = {}
+    for kind, prefix, places in (("boxes", "", 4), ("points", "point_", 2)):
+        own = [i for i, item in enumerate(items) if len(item.coordinates) == places]
+        coordinates = [to_pixels(items[i].coordinates, width, height) for i in own]
+        found[kind] = torch.tensor(coordinates, dtype=torch.float32).view(-1, places)
+        found[f"{prefix}labels"] = [items[i].label for i in own]
+        if scores is not None and label_scores is not None:
+            found[f"{prefix}scores"] = torch.tensor([scores[i] for i in own], dtype=torch.float32)
+            found[f"{prefix}label_scores"] = torch.tensor([label_scores[i] for i in own], dtype=torch.float32)
+    return found
 
 
 def _answer_of(text: str) -> str:

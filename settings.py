@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-MODES = ("hybrid", "fast", "slow")
+MODES = ("hybrid", "fast", "slow", "verified")
 DEFAULT_NEW_TOKENS = 2048  # decoding.md §6
 _PER_ROW = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_length")
-_ONE_FORWARD = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_ONE_FORWARD = ("output_logits", "output_attentions", "output_hidden_states")
 # transformers' options for other ways of decoding, which would have no effect here
 _WITHOUT_EFFECT = (
     *("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "guidance_scale", "penalty_alpha"),
@@ -43,13 +43,15 @@ class Recipe:
 class RowSettings:
     """mode: one of `MODES`. limit: the row decodes while it holds fewer tokens, prompt included.
 
-    least: tokens, prompt included, before which its end is held back.
+    least: tokens, prompt included, before which its end is held back. verify_labels: text in labels is accepted as in
+    mode "verified".
     """
 
     mode: str
     limit: int
     recipe: Recipe
     least: int = 0
+    verify_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class CallSettings:
     pad_token_id: int
     num_return_sequences: int
     return_dict: bool
+    scored: bool
     config: GenerationConfig
 
 
@@ -73,6 +76,7 @@ def resolve(
     prompt_lengths: list[int],
     *,
     generation_mode: str | Sequence[str],
+    verify_labels: bool | Sequence[bool] = False,
     given: GenerationConfig | None,
     default: GenerationConfig,
     arguments: dict[str, Any],
@@ -98,6 +102,10 @@ def resolve(
     """
     rows = len(prompt_lengths)
     modes = _per_row("generation_mode", generation_mode, rows)
+    labels = _per_row("verify_labels", verify_labels, rows)
+    for wanted in labels:
+        if not isinstance(wanted, bool):
+            raise ValueError(f"verify_labels={wanted!r}: expected True or False.")
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"generation_mode={mode!r} is unknown; expected one of {', '.join(MODES)}.")
@@ -117,7 +125,10 @@ def resolve(
         own = {name: value(name, row) for name in _PER_ROW}
         explicit = {name for name in _PER_ROW if name in per_row}
         limit, recipe = _limit(own, prompt, length_cap, row), _recipe(own, explicit, stock_call)
-        settings.append(RowSettings(mode, limit, recipe, max(least, prompt + least_new if least_new else 0)))
+        own_least = max(least, prompt + least_new if least_new else 0)
+        # the other modes accept every token by next-token decoding anyway
+        own_labels = labels[row] and mode in ("hybrid", "fast")
+        settings.append(RowSettings(mode, limit, recipe, own_least, own_labels))
 
     sequences = 1 if config.num_return_sequences is None else config.num_return_sequences
     if not isinstance(sequences, int) or sequences < 1:
@@ -136,6 +147,7 @@ def resolve(
         pad_token_id=pad_token_id if pad is None else int(pad),
         num_return_sequences=sequences,
         return_dict=bool(config.return_dict_in_generate),
+        scored=bool(config.output_scores),
         config=config,
     )
 

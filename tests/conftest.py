@@ -79,6 +79,7 @@ class Batch:
         }
         self.settings = {
             "generation_mode": [case["generation_mode"] for case in cases],
+            "verify_labels": [case.get("verify_labels", False) for case in cases],
             "max_new_tokens": [case["max_new_tokens"] for case in cases],
             "repetition_penalty": [case.get("repetition_penalty", 1.0) for case in cases],
             "temperature": [case.get("temperature", 0.0) for case in cases],

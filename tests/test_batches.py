@@ -14,7 +14,8 @@ from tests.conftest import Batch, cases_of
 ROW = st.fixed_dictionaries(
     {
         "prompt": st.integers(0, 59),
-        "generation_mode": st.sampled_from(["hybrid", "fast", "slow"]),
+        "generation_mode": st.sampled_from(["hybrid", "fast", "slow", "verified"]),
+        "verify_labels": st.booleans(),
         "max_new_tokens": st.integers(1, 40),
         "repetition_penalty": st.sampled_from([1.0, 1.0, 1.3]),
         "temperature": st.sampled_from([0.0, 0.0, 0.7, 1.5]),

@@ -19,22 +19,23 @@ from tests.conftest import Batch, cases_of
     rows=st.integers(1, 64),
     pending=st.integers(1, 6),
     windows=st.booleans(),
+    all_lines=st.booleans(),
     longest=st.integers(1, 5000),
     more=st.integers(0, 30),
 )
-def test_a_bucket_holds_the_step_and_little_more(rows, pending, windows, longest, more):
+def test_a_bucket_holds_the_step_and_little_more(rows, pending, windows, all_lines, longest, more):
     slots, capacity = rows + more, longest + more
-    b_rows, b_pending, b_windows, b_longest = cuda_graphs.bucket(
-        rows, pending, windows, longest, slots=slots, capacity=capacity
+    b_rows, b_pending, b_windows, b_all_lines, b_longest = cuda_graphs.bucket(
+        rows, pending, windows, all_lines, longest, slots=slots, capacity=capacity
     )
-    assert rows <= b_rows <= min(slots, 2 * rows) and b_windows == windows
+    assert rows <= b_rows <= min(slots, 2 * rows) and (b_windows, b_all_lines) == (windows, all_lines)
     assert b_pending == (1 if pending == 1 and not windows else 6)
     assert longest <= b_longest <= min(capacity, max(longest + KEY_BLOCK - 1, longest * 5 // 4 + 1))
 
 
 def test_few_shapes_occur():
     shapes = {
-        cuda_graphs.bucket(rows, 6, True, longest, slots=32, capacity=4096)
+        cuda_graphs.bucket(rows, 6, True, False, longest, slots=32, capacity=4096)
         for rows in range(1, 33)
         for longest in range(300, 2400)
     }
@@ -70,6 +71,15 @@ def test_answers_are_the_same_from_graphs(golden, fake_capture, slots):
     assert output.row_forwards.tolist() == [case["forward_step"] for case in cases]
     steps = int(output.row_forwards.max())
     assert fake_capture and len(fake_capture) == len(set(fake_capture)) <= max(30, steps)
+
+
+def test_verified_answers_are_the_same_from_graphs(fake_capture):
+    cases = [case for case in cases_of("shapes") if case["generation_mode"] == "slow"][::4]
+    others = [case for case in cases_of("shapes") if case["generation_mode"] == "hybrid"][::12]
+    batch = Batch("shapes", cases + others)
+    output = batch.run(generation_mode=["verified"] * len(cases) + ["hybrid"] * len(others), max_batch_rows=7)
+    assert batch.answers(output) == batch.expected()
+    assert any(all_lines for *_, all_lines, _ in fake_capture)
 
 
 def test_a_failed_capture_falls_back(fake_capture, monkeypatch):

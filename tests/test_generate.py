@@ -371,7 +371,9 @@ def changed(batch: Batch, **kwargs):
         ({"use_cache": False}, "use_cache=False"),
         ({"n_future_tokens": 4}, "n_future_tokens=4"),
         ({"verbose": True}, "needs tokenizer="),
-        ({"output_scores": True}, "output_scores=True"),
+        ({"output_logits": True}, "output_logits=True"),
+        ({"verify_labels": [True, False]}, "verify_labels has 2 values for 4 rows"),
+        ({"verify_labels": "yes"}, "verify_labels='yes': expected True or False"),
         ({"num_return_sequences": 0}, "num_return_sequences=0"),
         ({"generator": [torch.Generator()]}, "generator has 1 generators for 4 rows"),
         ({"max_batch_rows": 0}, "max_batch_rows=0"),
@@ -457,3 +459,9 @@ def test_a_prompt_that_ends_in_an_image_is_refused(batch):
 def test_a_prompt_over_the_models_length_is_refused(shapes):
     with pytest.raises(ValueError, match="4096 tokens, at or over the length limit of 4096"):
         shapes.generate(input_ids=torch.full((1, 4096), 5))
+
+
+def test_autocast_over_wider_weights(batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        answers = batch.answers(batch.model.generate(**batch.inputs))
+    assert sum(one == other for one, other in zip(answers, batch.expected(), strict=True)) >= 2

@@ -11,21 +11,28 @@ from hypothesis import strategies as st
 
 from locateanything.kv_cache import KEY_BLOCK, DecodeStep, PrefillStep, SlotKVCache, Stretch, zeros
 
-ROW = st.tuples(st.integers(1, 40), st.integers(1, 6), st.booleans()).map(
-    lambda row: (row[0] + row[1], row[0], row[2])  # committed, cached, autoregressive
+PENDING, CACHED = st.integers(1, 6), st.integers(1, 40)
+# committed, cached, drafted, autoregressive, verified
+PLAIN = st.tuples(CACHED, PENDING, st.booleans()).map(lambda row: (row[0] + row[1], row[0], 0, row[2], False))
+VERIFIED = st.tuples(CACHED, PENDING, st.integers(0, 5)).map(
+    lambda row: (row[0] + row[1], row[0], min(row[2], 6 - row[1]), False, True)
 )
+ROW = PLAIN | VERIFIED
 
 
-def step_of(rows, packed=True) -> DecodeStep:
-    committed, cached, autoregressive = zip(*rows, strict=True)
+def step_of(rows, packed=True, all_lines=False) -> DecodeStep:
+    committed, cached, drafted, autoregressive, verified = zip(*rows, strict=True)
     return DecodeStep(
         torch.tensor(committed),
         torch.tensor(cached),
+        torch.tensor(drafted),
         torch.tensor(autoregressive),
-        pending=max(n - c for n, c, _ in rows),
+        torch.tensor(verified),
+        pending=max(n + m - c for n, c, m, _, _ in rows),
         windows=not all(autoregressive),
-        longest=max(n + (0 if ar else 6) for n, _, ar in rows),
+        longest=max(n + m + (0 if ar else 6) for n, _, m, ar, _ in rows),
         packed=packed,
+        all_lines=all_lines,
     )
 
 
@@ -34,7 +41,8 @@ def test_a_step_is_decoding_md_2(rows):
     """Positions, places and visibility, row by row, as decoding.md §2 and §5 say."""
     step = step_of(rows)
     fed = []  # (slot, position, place, visible keys, is mask)
-    for slot, (n, c, autoregressive) in enumerate(rows):
+    for slot, (committed, c, m, autoregressive, _) in enumerate(rows):
+        n = committed + m  # a draft is fed as if it were committed
         fed += [(slot, i, i, set(range(i + 1)), False) for i in range(c, n)]
         if not autoregressive:
             seen = set(range(n - 1)) | set(range(n, n + 6))
@@ -49,13 +57,18 @@ def test_a_step_is_decoding_md_2(rows):
         assert set(keys.nonzero().flatten().tolist()) == seen
     assert step.visible.any(-1).all(), "a query that sees nothing would be NaN"
 
-    read = [(slot, n - 1 + j) for slot, (n, _, ar) in enumerate(rows) for j in range(1 if ar else 6)]
-    assert [fed[line][:2] for line in step.lines.tolist()] == read
-    in_window = [fed[line][2] >= rows[fed[line][0]][0] for line in step.lines.tolist()]
-    assert in_window == [not ar for _, _, ar in rows for _ in range(1 if ar else 6)]
+    read = []  # (slot, position, in a window)
+    for slot, (n, _, m, autoregressive, verified) in enumerate(rows):
+        if autoregressive or verified:
+            read += [(slot, n - 1 + j, False) for j in range(m + 1)]
+        if not autoregressive:
+            read += [(slot, n + m - 1 + j, True) for j in range(6)]
+    ends = [n + m for n, _, m, *_ in rows]
+    lines = [fed[line] for line in step.lines.tolist()]
+    assert [(slot, position, place >= ends[slot]) for slot, position, place, *_ in lines] == read
 
 
-@given(rows=st.lists(ROW, min_size=1, max_size=5))
+@given(rows=st.lists(PLAIN, min_size=1, max_size=5))
 def test_an_unpacked_step_feeds_the_same_tokens_among_unused_cells(rows):
     packed, whole = step_of(rows), step_of(rows, packed=False)
     assert len(whole.kept) == whole.shape[0] * whole.shape[1]
@@ -66,11 +79,18 @@ def test_an_unpacked_step_feeds_the_same_tokens_among_unused_cells(rows):
     unused[packed.kept] = False
     assert (whole.offsets[unused] == -1).all(), "unused cells write to a slot's last place"
     width = len(whole.lines) // len(rows)
-    assert width == (1 if all(ar for *_, ar in rows) else 6)
+    assert width == (1 if all(ar for *_, ar, _ in rows) else 6)
     expected = [
-        line for row, (*_, ar) in enumerate(rows) for line in range(row * width, row * width + (1 if ar else 6))
+        line for row, (*_, ar, _) in enumerate(rows) for line in range(row * width, row * width + (1 if ar else 6))
     ]
     assert torch.equal(whole.lines[expected], packed.kept[packed.lines])
+
+
+@given(rows=st.lists(ROW, min_size=1, max_size=5))
+def test_an_unpacked_step_can_read_every_cell(rows):
+    packed, whole = step_of(rows), step_of(rows, packed=False, all_lines=True)
+    assert torch.equal(whole.lines, torch.arange(whole.shape[0] * whole.shape[1]))
+    assert torch.equal(whole.visible, packed.visible)
 
 
 @given(rows=st.lists(ROW, min_size=1, max_size=5))
@@ -84,7 +104,7 @@ def test_grid_and_packed_are_inverse(rows):
 
 
 def test_the_mask_repeats_for_each_query_head_of_a_key_head():
-    step = step_of([(9, 8, False), (12, 8, True)])
+    step = step_of([(9, 8, 0, False, False), (12, 8, 0, True, False), (9, 8, 4, False, True)])
     mask = step.mask(torch.float32, group=3)
     rows, width = step.shape
     assert mask.shape == (rows, 1, 3 * width, step.visible.shape[-1])

@@ -1,0 +1,187 @@
+# Copyright 2026 The LocateAnything-batched authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Rows' logits → probabilities → tokens, for rows with different recipes in one step (decoding.md §3, steps 1–6)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList
+
+from .decoding import draw, draw_with, stock_warpers
+from .settings import Recipe
+
+
+class Sampler:
+    """Chooses tokens for the rows of a step.
+
+    A row (generation.py's) has `settings`, `committed` and `drafted` counts, `processors` of the caller, and maybe a
+    `generator`. `slots` name the rows' lines in `tokens`, and all logits are float32.
+
+    Args:
+        tokens: `[slots, capacity]` long, each row's committed tokens and draft; behind them its first token repeated.
+        ends: ids that a row must not take before its least length.
+        generator: draws for every row that has none of its own; None is the global one.
+        at: makes a list of places an index on the device.
+    """
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        ends: list[int],
+        generator: torch.Generator | None,
+        at: Callable[[list[int]], torch.Tensor],
+    ):
+        self.tokens, self.ends, self.generator, self.at = tokens, ends, generator, at
+        self._warpers: dict[Recipe, LogitsProcessorList] = {}
+
+    def choose(self, logits: torch.Tensor, rows: list[Any], slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """For rows whose tokens all have the committed ones behind them: windows, or AR steps.
+
+        Args:
+            logits: `[R, width, V]`, width 6 or 1. In a window only the first token can end a row.
+
+        Returns:
+            probabilities `[R, width, V]`, tokens `[R, width]` (argmax, or a draw where the row samples).
+        """
+        short = [place for place, row in enumerate(rows) if row.committed < row.settings.least]
+        logits = self.hold_back(logits, [(place, 0) for place in short])
+        probabilities = self.probabilities(logits, rows, slots)
+        by_generator: dict[torch.Generator | None, list[int]] = defaultdict(list)
+        for place, row in enumerate(rows):
+            if row.settings.recipe.samples:
+                by_generator[row.generator or self.generator].append(place)
+        if len(by_generator) == 1 and all(row.settings.recipe.samples for row in rows):
+            return probabilities, draw(probabilities, next(iter(by_generator)))
+        tokens = probabilities.argmax(-1)
+        for generator, places in by_generator.items():
+            tokens[self.at(places)] = draw(probabilities[self.at(places)], generator)
+        return probabilities, tokens
+
+    def choose_verified(
+        self, causal: torch.Tensor, window: torch.Tensor, rows: list[Any], slots: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For rows that verify a draft: next-token decoding behind each token of it, and the window behind it all.
+
+        A row that samples draws every position with noise of that position's own, the very noise that mode "slow"
+        would draw it with; the window's draws use it too. So a token is independent of the draft it is compared with,
+        and mostly agrees with it.
+
+        Args:
+            causal: `[R, P, V]`, line j behind the committed tokens and j of the draft. Lines after a row's draft may
+                hold anything. window: `[R, 6, V]`.
+
+        Returns:
+            probabilities `[R, P, V]` and tokens `[R, P]` of next-token decoding, the same of the window.
+        """
+        width = causal.shape[1]
+        short = [
+            (place, line)
+            for place, row in enumerate(rows)
+            for line in range(width)
+            if row.committed + line < row.settings.least
+        ]
+        causal = self.probabilities(self.hold_back(causal, short), rows, slots, line_by_line=True)
+        window = self.probabilities(window, rows, slots, draft=True)
+        chosen, drafted = causal.argmax(-1), window.argmax(-1)
+        for place, row in enumerate(rows):
+            if not row.settings.recipe.samples:
+                continue
+            noise = self.noise(row, row.drafted + window.shape[1], causal)
+            own = row.drafted + 1
+            chosen[place, :own] = draw_with(noise[:own], causal[place, :own])
+            drafted[place] = draw_with(noise[row.drafted :], window[place])
+        return causal, chosen, window, drafted
+
+    def noise(self, row: Any, positions: int, like: torch.Tensor) -> torch.Tensor:
+        """`[positions, V]` exponential noise of the row's next tokens; what no token has used yet stays with the row.
+
+        Drawn position by position, so that a generator gives what it would give next-token decoding.
+        """
+        while len(row.noise) < positions:
+            fresh = torch.empty(1, like.shape[-1], device=like.device)
+            row.noise.append(fresh.exponential_(generator=row.generator or self.generator))
+        return torch.cat(row.noise[:positions])
+
+    def probabilities(
+        self,
+        logits: torch.Tensor,
+        rows: list[Any],
+        slots: list[int],
+        *,
+        line_by_line: bool = False,
+        draft: bool = False,
+    ) -> torch.Tensor:
+        """`[R, width, V]` logits → probabilities, rows with one recipe together.
+
+        Args:
+            line_by_line: line j has j tokens of the row's draft behind it, as next-token decoding would have them;
+                otherwise each line has all there are. draft: only a draft, the caller's processors are left out.
+        """
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for place, row in enumerate(rows):
+            groups[row.settings.recipe, place if row.processors and not draft else None].append(place)
+        result = torch.empty_like(logits) if len(groups) > 1 else logits
+        for (recipe, alone), places in groups.items():
+            some = logits if len(groups) == 1 else logits[self.at(places)]
+            if alone is not None:
+                some = self.processed(some, rows[alone], slots[alone], line_by_line)
+            elif warpers := self.warpers(recipe):
+                behind = self.behind(rows, slots, places, logits.shape[1], line_by_line)
+                some = warpers(behind, some.flatten(0, 1)).view(some.shape)
+            some = some.softmax(-1)
+            if len(groups) == 1:
+                return some
+            result[self.at(places)] = some
+        return result
+
+    def behind(
+        self, rows: list[Any], slots: list[int], places: list[int], width: int, line_by_line: bool
+    ) -> torch.Tensor:
+        """`[R * width, n]` the tokens behind each line, its row's first token repeated behind them."""
+        longest = max(rows[place].committed + rows[place].drafted for place in places)
+        ids = self.tokens[self.at([slots[place] for place in places]), :longest]
+        if not line_by_line:
+            return ids.repeat_interleave(width, 0)
+        committed = self.at([rows[place].committed for place in places])
+        lengths = committed[:, None] + torch.arange(width, device=ids.device)
+        place = torch.arange(longest, device=ids.device)
+        return torch.where(place < lengths[..., None], ids[:, None], ids[:, None, :1]).flatten(0, 1)
+
+    def processed(self, logits: torch.Tensor, row: Any, slot: int, line_by_line: bool) -> torch.Tensor:
+        """Logits `[1, width, V]` of a row with processors of the caller's own, which see exactly its tokens."""
+        warpers = self.warpers(row.settings.recipe, row.processors)
+        if not line_by_line:
+            ids = self.tokens[slot, : row.committed].expand(logits.shape[1], -1)
+            return warpers(ids, logits[0])[None]
+        lines = [
+            warpers(self.tokens[slot : slot + 1, : row.committed + line], logits[0, line : line + 1])
+            for line in range(row.drafted + 1)
+        ]
+        return torch.cat([*lines, logits[0, row.drafted + 1 :]])[None]
+
+    def hold_back(self, logits: torch.Tensor, lines: list[tuple[int, int]]) -> torch.Tensor:
+        """Forbids the end in (place, line)s of rows that are to grow longer."""
+        if not lines:
+            return logits
+        places, columns = (self.at(list(each)) for each in zip(*lines, strict=True))
+        logits = logits.clone()
+        logits[places[:, None], columns[:, None], self.at(self.ends)] = float("-inf")
+        return logits
+
+    def warpers(self, recipe: Recipe, processors: LogitsProcessorList | None = None) -> LogitsProcessorList:
+        if processors is None and recipe in self._warpers:
+            return self._warpers[recipe]
+        made = stock_warpers(
+            repetition_penalty=recipe.repetition_penalty,
+            temperature=recipe.temperature,
+            top_p=recipe.top_p,
+            top_k=recipe.top_k,
+            between=processors,
+        )
+        if processors is None:
+            self._warpers[recipe] = made
+        return made
