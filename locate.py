@@ -8,6 +8,7 @@ the usual call.
 
 import argparse
 import colorsys
+import contextlib
 import hashlib
 import io
 import json
@@ -52,10 +53,11 @@ MAX_ENLARGED_SIDE = 4096
 
 @dataclass(frozen=True)
 class Detection:
-    """One thing found: `at` holds the pixels (x1, y1, x2, y2) of a box or (x, y) of a point."""
+    """One thing found: `at` holds the pixels (x1, y1, x2, y2) of a box or (x, y) of a point, `score` is in [0, 1]."""
 
     label: str
     at: tuple[float, ...]
+    score: float | None = None
 
     @property
     def kind(self) -> str:
@@ -147,13 +149,25 @@ class Locator:
         """
         self.processor.image_processor.grid_of(size[1], size[0], name)
 
-    def __call__(self, rows: Sequence[Row], mode: str, max_new_tokens: int) -> list[dict[str, Any]]:
+    def __call__(
+        self,
+        rows: Sequence[Row],
+        mode: str,
+        max_new_tokens: int,
+        *,
+        verify_labels: bool = False,
+        threshold: float = 0.0,
+        keep_repetitions: bool = False,
+    ) -> list[dict[str, Any]]:
         """Answer one batch.
 
         Args:
             rows: the questions.
             mode: generation mode of all rows.
             max_new_tokens: limit of each answer.
+            verify_labels: accept the text of labels as mode "verified" does.
+            threshold: detections with a lower score are left out.
+            keep_repetitions: let answers that go round in circles run to their limit.
 
         Returns:
             For each row its `text` and its list of `detections`.
@@ -178,10 +192,19 @@ class Locator:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device)
-        sequences = self.model.generate(**inputs, generation_mode=mode, max_new_tokens=max_new_tokens)
-        answers = sequences[:, inputs["input_ids"].shape[1] :]
+        output = self.model.generate(
+            **inputs,
+            generation_mode=mode,
+            verify_labels=verify_labels,
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=[] if keep_repetitions else [self.model.degenerate_answer_criteria()],
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        answers = [ids[~scores.isnan()] for ids, scores in zip(new, output.scores, strict=True)]  # without padding
         sizes = [(row.picture.size[1], row.picture.size[0]) for row in rows]
-        found = self.processor.post_process_grounding(answers, target_sizes=sizes)
+        found = self.processor.post_process_grounding(output, target_sizes=sizes, threshold=threshold)
         texts = self.processor.batch_decode(answers, skip_special_tokens=False)
         end = self.processor.tokenizer.eos_token
         return [
@@ -257,7 +280,8 @@ def draw(picture: Image.Image, detections: Iterable[Detection], colours: dict[st
             pen.rectangle(_grown(spot, 1), outline="white", width=width + 2)
             pen.rectangle(_grown(spot, 2), outline="black", width=1)
             pen.rectangle(spot, outline=colour, width=width)
-        _draw_label(pen, canvas.size, font, found.label, spot, colour, placed)
+        score = "" if found.score is None else f" {found.score:.2f}"
+        _draw_label(pen, canvas.size, font, f"{found.label}{score}", spot, colour, placed)
     return canvas
 
 
@@ -304,7 +328,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     _write(args.out / "results.json", (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
     print(table(pictures))
-    print(f"\n{len(pictures)} pictures and results.json in {args.out}")
+    count = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    print(f"\n{count} and results.json in {args.out}")
     if errors:
         bad = ", ".join(error["image"] for error in errors)
         _complain(f"{len(errors)} of {len(sources)} images could not be used: {bad}")
@@ -312,15 +337,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def table(pictures: Sequence[Picture]) -> str:
-    """What was found, one line each: image, query, label and pixels, in aligned columns."""
-    lines = [["image", "query", "label", "pixels"]]
+    """What was found, one line each: image, query, label, score and pixels, in aligned columns."""
+    lines = [["image", "query", "label", "score", "pixels"]]
     for picture in pictures:
         for row in picture.rows:
             if not row["detections"]:
-                lines.append([picture.source, row["query"], "-", "nothing found"])
+                lines.append([picture.source, row["query"], "-", "", "nothing found"])
             for found in row["detections"]:
                 numbers = ", ".join(f"{value:.1f}" for value in found.at)
-                lines.append([picture.source, row["query"], found.label, f"{found.kind} {numbers}"])
+                score = "" if found.score is None else f"{found.score:.2f}"
+                lines.append([picture.source, row["query"], found.label, score, f"{found.kind} {numbers}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     aligned = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -343,8 +369,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--task", choices=tuple(TASKS), default="detect", help="which question is asked (%(default)s)")
     parser.add_argument("--model", help="folder or hub id (the small demo checkpoint)")
-    modes, dtypes = ("hybrid", "fast", "slow"), ("auto", "float32", "bfloat16", "float16")
+    modes, dtypes = ("hybrid", "fast", "slow", "verified"), ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--mode", choices=modes, default="hybrid", help="how to decode (%(default)s)")
+    parser.add_argument("--verify-labels", action="store_true", help="verify the text of labels, for reading text")
+    parser.add_argument(
+        "--threshold", type=_share, default=0.0, metavar="S", help="leave out what scores lower, 0 to 1 (%(default)s)"
+    )
+    parser.add_argument("--keep-repetitions", action="store_true", help="do not end an answer that repeats its boxes")
     parser.add_argument("--max-new-tokens", type=_positive, default=2048, metavar="N", help="(%(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="(%(default)s)")
@@ -359,6 +390,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := float(text)) <= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 to 1")
+
+
 def _answer(rows: Iterator[Row], locator: Locator, args: argparse.Namespace, total: int) -> None:
     """Ask the rows in batches, and write each picture as soon as its last row is answered."""
     colours: dict[str, Colour] = {}
@@ -366,7 +404,14 @@ def _answer(rows: Iterator[Row], locator: Locator, args: argparse.Namespace, tot
     with tqdm(total=total, desc="grounding", unit="question", delay=0.1) as bar:
         while batch := list(islice(rows, args.batch_size)):
             args.out.mkdir(parents=True, exist_ok=True)
-            answers = locator(batch, args.mode, args.max_new_tokens)
+            answers = locator(
+                batch,
+                args.mode,
+                args.max_new_tokens,
+                verify_labels=args.verify_labels,
+                threshold=args.threshold,
+                keep_repetitions=args.keep_repetitions,
+            )
             for row, answer in zip(batch, answers, strict=True):
                 picture = row.picture
                 picture.rows.append({"query": row.query, "question": row.question, **answer})
@@ -416,16 +461,19 @@ def _file_name(source: str, taken: set[str]) -> str:
 def _detections(row: dict[str, Any]) -> list[Detection]:
     labels = row["labels"] + row["point_labels"]
     places = row["boxes"].tolist() + row["points"].tolist()
-    return [Detection(label, tuple(at)) for label, at in zip(labels, places, strict=True)]
+    scores = row["scores"].tolist() + row["point_scores"].tolist()
+    return [Detection(label, tuple(at), score) for label, at, score in zip(labels, places, scores, strict=True)]
 
 
 def _as_json(picture: Picture) -> dict[str, Any]:
-    rows = [
-        {**row, "detections": [{"label": d.label, d.kind: [round(v, 2) for v in d.at]} for d in row["detections"]]}
-        for row in picture.rows
-    ]
+    rows = [{**row, "detections": list(map(_detection_as_json, row["detections"]))} for row in picture.rows]
     width, height = picture.size
     return {"image": picture.source, "width": width, "height": height, "picture": picture.file_name, "answers": rows}
+
+
+def _detection_as_json(found: Detection) -> dict[str, Any]:
+    at = [round(value, 2) for value in found.at]
+    return {"label": found.label, found.kind: at, "score": None if found.score is None else round(found.score, 4)}
 
 
 def _colour(index: int) -> Colour:

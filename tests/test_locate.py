@@ -111,7 +111,9 @@ def test_points_and_other_modes(tmp_path, capsys):
     assert code == 0
     assert_answers_like_the_stock(results, POINT[0], "red circle", POINT, "point")
     lines = capsys.readouterr().out.splitlines()
-    assert any(POINT[0] in line and line.endswith("red circle  point 14.0, 14.0") for line in lines)
+    (line,) = (line for line in lines if POINT[0] in line)
+    score = results["images"][0]["answers"][0]["detections"][0]["score"]
+    assert 0 < score < 1 and line.endswith(f"red circle  {score:.2f}   point 14.0, 14.0")
     # An existing folder is used again, and its files are replaced
     code, results = run(tmp_path, picture, "--query", "red circle", "--mode", "slow", "--max-new-tokens", 2)
     assert code == 0
@@ -217,7 +219,7 @@ def test_drawing_fits_any_picture(size, background):
 def test_text_task_needs_no_query(tmp_path, monkeypatch):
     asked = []
 
-    def answer(_self, rows, _mode, _limit):
+    def answer(_self, rows, _mode, _limit, **_options):
         asked.extend(row.question for row in rows)
         return [{"text": "", "detections": []} for _ in rows]
 
@@ -227,6 +229,40 @@ def test_text_task_needs_no_query(tmp_path, monkeypatch):
     assert code == 0
     assert asked == ["Detect all the text in box format."]
     assert results["images"][0]["answers"][0]["query"] == ""
+
+
+def test_thresholds_repetitions_and_labels_reach_the_model(tmp_path, monkeypatch):
+    from upload_to_hub import main as assemble_main
+
+    folder = tmp_path / "early"
+    early = PROJECT / "tests" / "goldens" / "shapes-early"
+    assert assemble_main(["--base", str(early / "checkpoint"), "--local-dir", str(folder)]) == 0
+    case = json.loads((early / "cases.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    picture, query = early / "images" / case["images"][0], "green circle"
+    said = {}
+    for name, options in {
+        "cut": ["--mode", "fast"],
+        "whole": ["--mode", "fast", "--keep-repetitions"],
+        "sure": ["--mode", "fast", "--keep-repetitions", "--threshold", "0.5"],
+        "labels": ["--verify-labels"],
+        "verified": ["--mode", "verified"],
+        "slow": ["--mode", "slow"],
+    }.items():
+        code, results = run(tmp_path / name, picture, "--query", query, "--model", folder, *options)
+        assert code == 0
+        said[name] = results["images"][0]["answers"][0]
+    assert said["whole"]["text"].startswith(said["cut"]["text"]) and said["whole"]["text"] != said["cut"]["text"]
+    scores = [found["score"] for found in said["whole"]["detections"]]
+    assert [found["score"] for found in said["sure"]["detections"]] == [score for score in scores if score >= 0.5]
+    assert said["verified"]["text"] == said["slow"]["text"]
+    assert said["labels"]["text"]
+
+
+@pytest.mark.parametrize("threshold", ["2", "-0.1", "high", "nan"])
+def test_a_threshold_is_a_share(tmp_path, threshold, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, PICTURES / POINT[0], "--query", "x", "--threshold", threshold)
+    assert f"got '{threshold}', expected a number from 0 to 1" in capsys.readouterr().err
 
 
 def test_many_labels_keep_apart_in_colour():
@@ -247,12 +283,12 @@ def test_file_names_do_not_collide():
 def test_table_has_a_line_for_everything():
     picture = locate.Picture("p.png", "p.png", Image.new("RGB", (1, 1)), (1, 1))
     picture.rows = [
-        {"query": "q", "detections": [Detection("l", (1.0, 2.0, 3.0, 4.06)), Detection("m", (5.0, 6.0))]},
+        {"query": "q", "detections": [Detection("l", (1.0, 2.0, 3.0, 4.06), 0.256), Detection("m", (5.0, 6.0))]},
         {"query": "absent", "detections": []},
     ]
     lines = [line.split("  ") for line in table([picture]).splitlines()]
     cells = [[cell.strip() for cell in line if cell] for line in lines]
-    assert cells[0] == ["image", "query", "label", "pixels"]
-    assert cells[2] == ["p.png", "q", "l", "box 1.0, 2.0, 3.0, 4.1"]
+    assert cells[0] == ["image", "query", "label", "score", "pixels"]
+    assert cells[2] == ["p.png", "q", "l", "0.26", "box 1.0, 2.0, 3.0, 4.1"]
     assert cells[3] == ["p.png", "q", "m", "point 5.0, 6.0"]
     assert cells[4] == ["p.png", "absent", "-", "nothing found"]
