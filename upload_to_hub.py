@@ -14,7 +14,8 @@ from typing import Any
 from hub.assembly import assemble, check_target, plan, preview_base, print_plan, remote_code_files
 from hub.card import CODE_ONLY, OWN, loading_lines
 from hub.errors import AssemblyError, HubError, first_line
-from hub.publishing import Publication, plan_pull_request, plan_repository, print_publication, publish
+from hub.planning import Publication, plan_pull_request, plan_repository, print_publication
+from hub.publishing import publish
 from hub.verifying import IMAGE, QUESTION, print_verification, verify
 
 __all__ = ["AssemblyError", "assemble", "main", "remote_code_files"]

@@ -22,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from hub.assembly import PROJECT, assemble, readable_size, remote_code_files
 from hub.card import CODE_ONLY, OWN, origin_of
 from hub.errors import PublishError, hub_errors, redacted
-from hub.publishing import Publication, listing, plan_pull_request, plan_repository
+from hub.planning import Publication, listing, plan_pull_request, plan_repository
 
 PROBE = Path(__file__).with_name("probe.py")
 IMAGE = PROJECT / "demo" / "images" / "065.png"

@@ -18,9 +18,10 @@ import yaml
 from hub.assembly import WEIGHT_PATTERNS, remote_code_files
 from hub.card import CODE_ONLY, OWN, Origin, loading_lines, model_card, origin_of
 from hub.errors import redacted
-from hub.publishing import TITLE, copies_across
+from hub.planning import copies_across
+from hub.publishing import TITLE
 from tests.conftest import CHECKPOINTS, GOLDENS, ROOT, cases_of
-from tests.hub_server import READER, WRITER, Hub, Repo, git_oid
+from tests.hub_server import READER, WRITER, Hub, Repo, git_oid, sha256
 
 BASE, SHARDED = "nvidia/LocateAnything-3B", "org/sharded"
 OWN_REPO, CODE_REPO = "ada/own", "ada/code"
@@ -60,6 +61,7 @@ class Script:
             "HOME": str(home),
             "NO_PROXY": "*",
         }
+        self.stderr = ""  # of the last command line
         self._shell = self.start("-c", SHELL, str(ROOT), stdin=subprocess.PIPE)
 
     def start(self, *arguments: str, token: str = WRITER, **pipes: int) -> subprocess.Popen[str]:
@@ -76,6 +78,7 @@ class Script:
         line = self._shell.stdout.readline()
         done = json.loads(line or json.dumps({"code": "crash", "err": self._shell.communicate()[1]}))
         assert done["code"] == code, done
+        self.stderr = done["err"]
         if code == 0:
             return done["out"]
         # Beside the client's progress bars
@@ -158,16 +161,10 @@ def test_own_repository_is_code_and_weights_in_one_commit(hub, published):
         assert files[name] == base[name]
     config = json.loads(files["config.json"])
     assert config["auto_map"]["AutoConfig"] == "configuration.LocateAnythingConfig"
-    uploads = [r for r in hub.asked(rf"PUT /lfs/{OWN_REPO}/") if r.endswith(_sha(base["model.safetensors"]))]
+    uploads = [r for r in hub.asked(rf"PUT /lfs/{OWN_REPO}/") if r.endswith(sha256(base["model.safetensors"]))]
     copies = hub.asked(rf"POST /api/models/{BASE}/lfs-files/duplicate")
     assert (len(uploads), len(copies)) == ((0, 1) if copies_across() else (1, 0))
     assert f'AutoModel.from_pretrained("{OWN_REPO}", trust_remote_code=True' in published["own"]
-
-
-def _sha(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
 
 
 def test_cards_carry_the_weights_licence(hub, published):
@@ -332,7 +329,7 @@ def empty(hub: Hub, name: str) -> bool:
 def test_killed_upload_leaves_nothing_and_goes_on(hub, script):
     """Killed while the second shard is on its way: the repository stays empty, and the first is not sent again."""
     reached, release = threading.Event(), threading.Event()
-    second = _sha(hub.repos[SHARDED].files()[SHARDS[1]])
+    second = sha256(hub.repos[SHARDED].files()[SHARDS[1]])
 
     def hold() -> None:
         reached.set()
@@ -343,7 +340,7 @@ def test_killed_upload_leaves_nothing_and_goes_on(hub, script):
     running = script.start(str(ROOT / "upload_to_hub.py"), *command)
     try:
         assert reached.wait(30)
-        first = _sha(hub.repos[SHARDED].files()[SHARDS[0]])
+        first = sha256(hub.repos[SHARDED].files()[SHARDS[0]])
         for _ in range(300):
             if first in hub.repos["ada/killed"].stored:
                 break
@@ -361,9 +358,10 @@ def test_killed_upload_leaves_nothing_and_goes_on(hub, script):
 
 
 def test_cut_connection_is_tried_again(hub, script):
-    hub.fail("PUT", rf"/lfs/ada/cut/{_sha(hub.repos[SHARDED].files()[SHARDS[0]])}", "cut")
+    hub.fail("PUT", rf"/lfs/ada/cut/{sha256(hub.repos[SHARDED].files()[SHARDS[0]])}", "cut")
     said = script("repo", "ada/cut", "--base", SHARDED, "--upload")
     assert "Published" in said and hub.repos["ada/cut"].files()[SHARDS[0]]
+    assert "safetensors: 100%" in script.stderr  # the progress bar
 
 
 @pytest.mark.parametrize(
