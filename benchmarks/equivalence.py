@@ -3,7 +3,7 @@
     python benchmarks/equivalence.py                                         # the embedded checkpoint and pictures
     python benchmarks/equivalence.py MODEL IMAGE [IMAGE …] [--stock DIR_OR_ID] [--dtype bfloat16] [--device cuda]
 
-MODEL is a folder or hub id in the official format; it is loaded with this clone's code. Five parts, each in every
+MODEL is a folder or hub id in the official format; it is loaded with this clone's code. Six parts, each in every
 mode, greedy, at repetition penalty 1.0 and 1.15:
 
   A  one row against the stock's own generate (with --stock, under the transformers the stock needs)
@@ -11,6 +11,7 @@ mode, greedy, at repetition penalty 1.0 and 1.15:
   C  one image with different questions, in both orders
   D  different images and lengths
   E  ragged mixed batches: modes and limits differ from row to row
+  F  mode "verified" against mode "slow" of the row alone
 
 In float32 at penalty 1.0 every answer must be token-identical, else the verdict is FAIL and the exit code 1. In half
 precision, and at 1.15, the rate is reported (a near-tie may flip, decoding.md §7), with the largest difference of box
@@ -103,7 +104,7 @@ class Subject:
 def compare(
     subject: Subject, stock: Subject | None, images: list[Any], new_tokens: int
 ) -> dict[str, dict[float, Part]]:
-    results = {name: {penalty: Part() for penalty in PENALTIES} for name in "ABCDE"}
+    results = {name: {penalty: Part() for penalty in PENALTIES} for name in "ABCDEF"}
     draw = random.Random(0)
     questions = [build_question("detect", query) for query in QUERIES]
     longer = [build_question("detect", QUERIES[:count]) for count in (2, 4)]
@@ -122,9 +123,16 @@ def compare(
             if stock is not None:
                 for row in batches["D"][0]:
                     results["A"][penalty].add(subject.alone(row, **same), stock.answer([row], **same)[0])
+        slow, verified = (
+            {"generation_mode": mode, "max_new_tokens": new_tokens, "repetition_penalty": penalty}
+            for mode in ("slow", "verified")
+        )
+        for rows in (batches["C"][0], batches["D"][0]):
+            for row, got in zip(rows, subject.answer(rows, **verified), strict=True):
+                results["F"][penalty].add(got, subject.alone(row, **slow))
         for _ in range(3):
             rows = [(draw.choice(images), draw.choice(questions + longer)) for _ in range(draw.randint(3, 9))]
-            modes = [draw.choice(MODES) for _ in rows]
+            modes = [draw.choice((*MODES, "verified")) for _ in rows]
             limits = [draw.choice([4, new_tokens // 2, new_tokens]) for _ in rows]
             settings = {"generation_mode": modes, "max_new_tokens": limits, "repetition_penalty": penalty}
             for row, mode, limit, got in zip(rows, modes, limits, subject.answer(rows, **settings), strict=True):

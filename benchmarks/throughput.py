@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=(*WORKLOADS, "all"), default="all")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--size", default="448x448", help="width x height of the images, in pixels")
-    parser.add_argument("--mode", choices=("hybrid", "fast", "slow"), default="fast")
+    parser.add_argument("--mode", choices=("hybrid", "fast", "slow", "verified"), default="fast")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=1, help="the median of so many runs")
