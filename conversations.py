@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from .image_processing import is_list
+from .media import shorten
 
 DEFAULT_SYSTEM = "You are a helpful assistant.\n"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -86,8 +87,12 @@ class Vision:
         return cls(*([item for item in items if kind_of(item) == kind] for kind in ("image", "video")))
 
 
-def read_conversations(messages: Any) -> tuple[list[list[Mapping[str, Any]]], bool]:
-    """The conversations of a call, checked, and whether it was a list of them."""
+def read_conversations(messages: Any, slot_tokens: Sequence[str]) -> tuple[list[list[Mapping[str, Any]]], bool]:
+    """The conversations of a call, checked, and whether it was a list of them.
+
+    Args:
+        slot_tokens: what stands for an image's features in a prompt; no message may hold it, nor a turn's marks.
+    """
     if not is_list(messages) or not messages:
         raise ValueError(f"messages: got {messages!r}; expected a list of messages, or a list of conversations.")
     is_batch = is_list(messages[0])
@@ -103,7 +108,22 @@ def read_conversations(messages: Any) -> tuple[list[list[Mapping[str, Any]]], bo
                     f"conversation {index}: the content of a {message['role']} message is a "
                     f"{type(message.get('content')).__name__}; expected a text or a list of items."
                 )
+            _refuse_markup(message, f"conversation {index}", slot_tokens)
     return conversations, is_batch
+
+
+def _refuse_markup(message: Mapping[str, Any], name: str, slot_tokens: Sequence[str]) -> None:
+    """What a user writes may not end a turn, open another or stand for an image."""
+    # side by side as in the prompt, where the halves of a token meet
+    words = "".join([message["role"], "\n", *(text_of(item) for item in items_of(message) if kind_of(item) == "text")])
+    if message["role"] == "assistant":
+        words = words.removesuffix(TURN_END)  # an answer as the model gave it
+    for token in (TURN_START, TURN_END, *slot_tokens):
+        if token in words:
+            raise ValueError(
+                f"{name}: a {shorten(message['role'], 20)} message holds {token}, which is a mark of the prompt "
+                "itself; leave it out, or write it with a space inside."
+            )
 
 
 def items_of(message: Mapping[str, Any]) -> Sequence[Any]:

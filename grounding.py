@@ -111,10 +111,13 @@ def parse_places(text: str) -> list[tuple[Grounding, range, range]]:
 
 
 def geometric_mean(log_probabilities: Sequence[float]) -> float:
-    """exp of the mean, in [0, 1]: the probability of a token, on an average. 1 for no tokens."""
+    """exp of the mean, in [0, 1]: the probability of a token, on an average. 1 for no tokens.
+
+    A value above 0, which rounding may make of a probability of 1, counts as 0.
+    """
     if not log_probabilities:
         return 1.0
-    return min(1.0, math.exp(sum(log_probabilities) / len(log_probabilities)))
+    return math.exp(sum(min(0.0, value) for value in log_probabilities) / len(log_probabilities))
 
 
 def to_pixels(coordinates: Sequence[int], width: float, height: float) -> tuple[float, ...]:

@@ -28,6 +28,9 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         in_token_limit: most patches (before padding to whole merges) that an image keeps; larger ones are shrunk.
         merge_kernel_size: (rows, columns) of patches that become one image token.
         image_mean, image_std: per channel, of pixels in 0…1.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     model_input_names = ["pixel_values", "image_grid_hws"]
@@ -42,6 +45,14 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        for name, value in (("patch_size", patch_size), ("in_token_limit", in_token_limit)):
+            if not _is_count(value):
+                raise ValueError(f"{name}: got {value!r}; expected a whole number of 1 or more.")
+        if not is_list(merge_kernel_size) or len(merge_kernel_size) != 2 or not all(map(_is_count, merge_kernel_size)):
+            raise ValueError(f"merge_kernel_size: got {merge_kernel_size!r}; expected (rows, columns) of patches.")
+        for name, values, least in (("image_mean", image_mean, 0.0), ("image_std", image_std, 1e-6)):
+            if not is_list(values) or len(values) != 3 or not all(_is_share(value, least) for value in values):
+                raise ValueError(f"{name}: got {values!r}; expected three numbers of {least:g} to 1.")
         self.patch_size = patch_size
         self.in_token_limit = in_token_limit
         self.merge_kernel_size = list(merge_kernel_size)
@@ -144,6 +155,14 @@ class Source:
             return load(self.value)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_share(value: Any, least: float) -> bool:
+    return isinstance(value, (int, float)) and least <= value <= 1
 
 
 def is_list(value: Any) -> bool:

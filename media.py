@@ -22,6 +22,8 @@ from PIL import Image
 
 URL_TIMEOUT = 30.0  # seconds, for the connection and then for the whole download
 MAX_DOWNLOAD = 256 * 2**20  # bytes
+MAX_NESTING = 4  # dicts in dicts: an item, its image_url, and room
+UNTYPED = ("application/octet-stream", "binary/octet-stream")  # what servers say that do not know
 SOURCE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
 _EXPECTED = "a PIL image, an array or tensor, a path, a URL, a data URI, bytes, or a dict of one of " + ", ".join(
     SOURCE_KEYS
@@ -48,7 +50,8 @@ def load_image(source: Any) -> Image.Image:
 
     Raises:
         ValueError: the source has no pixels, cannot be read, is too large (PIL's decompression-bomb limit, or
-            256 MiB to download), or is none of the above. The message names it.
+            256 MiB to download), is declared as another type than an image (a data URI, a server's answer), is
+            PostScript (which PIL gives to another program to run), or is none of the above. The message names it.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, f"a PIL image of mode {source.mode}")
@@ -112,11 +115,17 @@ def shorten(source: Any, width: int = 100) -> str:
     return repr(text if len(text) <= width else f"{text[: width - 1]}…")
 
 
-def _from_mapping(source: Mapping[str, Any]) -> Image.Image:
+def _from_mapping(source: Mapping[str, Any], depth: int = 1) -> Image.Image:
     for key in SOURCE_KEYS:
         value = source.get(key)
         if value is None:
             continue
+        if isinstance(value, Mapping):
+            if depth == MAX_NESTING:
+                raise ValueError(
+                    f"image: got more than {MAX_NESTING} dicts in one another; expected an image in them."
+                )
+            return _from_mapping(value, depth + 1)
         if key == "base64" and isinstance(value, str) and not value.startswith("data:"):
             return _decode(io.BytesIO(_from_base64(value)), f"base64 {shorten(value, 40)}")
         return load_image(value)
@@ -148,6 +157,8 @@ def _from_path(path: Path) -> Image.Image:
         raise ValueError(f"image {shorten(path)}: there is no such file.")
     if path.is_dir():
         raise ValueError(f"image {shorten(path)}: is a folder; expected an image file.")
+    if not path.is_file():  # reading from a pipe or device may never end
+        raise ValueError(f"image {shorten(path)}: is no regular file; expected an image file.")
     return _decode(path, shorten(path))
 
 
@@ -155,9 +166,20 @@ def _from_data_uri(uri: str) -> bytes:
     header, comma, payload = uri.partition(",")
     if not comma:
         raise ValueError(f"image {shorten(uri)}: a data URI has a comma before its data.")
+    if not _is_image_type(header[len("data:") :]):
+        raise ValueError(f"image {shorten(uri)}: is declared as another type; expected data:image/….")
     if header.lower().endswith(";base64"):
         return _from_base64(unquote(payload))
-    return unquote_to_bytes(payload)
+    try:
+        return unquote_to_bytes(payload)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"image {shorten(uri)}: its data are not text ({error.reason}).") from error
+
+
+def _is_image_type(declared: str) -> bool:
+    """Whether a MIME type is an image's, or says nothing."""
+    kind = declared.partition(";")[0].strip().lower()
+    return not kind or kind.startswith("image/") or kind in UNTYPED
 
 
 def _from_base64(text: str) -> bytes:
@@ -180,6 +202,9 @@ def _fetch(url: str) -> bytes:
     request = Request(url, headers={"User-Agent": "LocateAnything-batched"})
     body = bytearray()
     with urlopen(request, timeout=URL_TIMEOUT) as response:
+        kind = response.headers.get("Content-Type", "")
+        if not _is_image_type(kind):
+            raise OSError(f"sent as {shorten(kind, 40)}; expected an image")
         deadline = time.monotonic() + URL_TIMEOUT
         # read1 returns what has arrived, so that a server that drips bytes meets the deadline too.
         while chunk := response.read1(2**16):
@@ -207,6 +232,8 @@ def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"image {name}: is {image.width}×{image.height} pixels; a side of zero has no content.")
+    if getattr(image, "format", None) == "EPS":  # PIL would start Ghostscript on it
+        raise ValueError(f"image {name}: is PostScript, a program; expected a picture of pixels.")
     try:
         if image.mode == "RGBA":
             canvas = Image.new("RGB", image.size, (255, 255, 255))
@@ -229,9 +256,12 @@ def _is_array(source: Any) -> bool:
 def _to_numpy(source: Any) -> np.ndarray:
     if not _is_tensor(source):
         return source
-    tensor = source.detach().cpu()
-    # numpy has no bfloat16
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    try:
+        tensor = source.detach().cpu()
+        # numpy has no bfloat16
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # sparse, quantised, on the meta device
+        raise ValueError(f"image: got a tensor whose values cannot be read ({error}).") from error
 
 
 def _from_array(source: Any) -> Image.Image:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import accumulate, chain, islice, takewhile
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,12 +32,16 @@ from .conversations import (
 )
 from .grounding import ANSWER_TOKENS, Grounding, geometric_mean, parse_answer, parse_places, to_pixels
 from .image_processing import LocateAnythingImageProcessor, Source, as_batch, image_layout, is_array, is_list
-from .media import load_image, load_video
+from .media import load_image, load_video, shorten
 
 # What stands for "unknown" where the published processor reports a frame's time.
 UNKNOWN_TIME = -1
 UNKNOWN_FPS = 2.0
+MAX_DIGITS = 9  # of the K of <image-K>
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+
+_ROLE = ANSWER_START.removeprefix(TURN_START)
+_WORD = "·"  # an ordinary token, where only the vocabulary's own count
 
 _TEXT_KWARGS = frozenset(
     [
@@ -76,8 +81,8 @@ class LocateAnythingProcessor(ProcessorMixin):
         patch_size, merge_kernel_size: the image processor's, where given.
 
     Raises:
-        ValueError: a patch_size or merge_kernel_size that is not the image processor's, or a token that the
-            tokenizer does not have.
+        ValueError: a patch_size or merge_kernel_size that is not the image processor's, a token that the tokenizer
+            does not have, or coordinates whose ids are not in a row.
     """
 
     if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4.57 is told, 5.x reads the signature
@@ -114,6 +119,10 @@ class LocateAnythingProcessor(ProcessorMixin):
         self.patch_size = image_processor.patch_size
         self.merge_kernel_size = list(image_processor.merge_kernel_size)
         self.image_token_id, self.video_token_id = map(self._id_of, (image_token, video_token))
+        for token in (image_start_token, image_end_token, TURN_START, TURN_END):
+            self._id_of(token)
+        self._refuse_other_coordinates()
+        self._slot_tokens = (image_token, video_token)
         tokenizer.padding_side = "left"
         self._run = re.compile(
             f"{re.escape(image_start_token)}((?:{re.escape(image_token)})+){re.escape(image_end_token)}"
@@ -143,11 +152,12 @@ class LocateAnythingProcessor(ProcessorMixin):
             The text, or a list of texts for a list of conversations.
 
         Raises:
-            ValueError: no messages, or one that is not laid out like this.
+            ValueError: no messages, or one that is not laid out like this, or that holds `<|im_start|>`, `<|im_end|>`
+                or the image token: no question can open a turn, end one or stand for an image.
         """
         if tokenize:
             raise ValueError("tokenize: got True; use apply_chat_template(…, tokenize=True), or call the processor.")
-        conversations, is_batch = read_conversations(messages)
+        conversations, is_batch = read_conversations(messages, self._slot_tokens)
         texts = [prompt_text(each, self._placeholders, add_generation_prompt) for each in conversations]
         return texts if is_batch else texts[0]
 
@@ -172,7 +182,7 @@ class LocateAnythingProcessor(ProcessorMixin):
         Raises:
             ValueError: a message that is not laid out as expected, or an image or frame that cannot be read.
         """
-        vision = [Vision.of(conversation) for conversation in read_conversations(messages)[0]]
+        vision = [Vision.of(conversation) for conversation in read_conversations(messages, self._slot_tokens)[0]]
         items = [item for row in vision for item in row.videos]
         images = [load_image(item) for row in vision for item in row.images]
         videos = [load_video(video_of(item)) for item in items]
@@ -223,7 +233,7 @@ class LocateAnythingProcessor(ProcessorMixin):
         if add_generation_prompt and continue_final_message:
             raise ValueError("continue_final_message and add_generation_prompt: got both; the last turn ends or not.")
         extras = {name: value for name, value in (("tools", tools), ("documents", documents)) if value is not None}
-        conversations, is_batch = read_conversations(conversation)
+        conversations, is_batch = read_conversations(conversation, self._slot_tokens)
         call = {**kwargs, **(processor_kwargs or {})}
         if return_tensors != "auto":
             call["return_tensors"] = return_tensors
@@ -318,9 +328,17 @@ class LocateAnythingProcessor(ProcessorMixin):
         return self._inputs(texts, plans, pictures, clips, options)
 
     def _plan(self, text: str, name: str) -> _Plan:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}: holds {text[error.start]!r} at {error.start}, half of a character; expected valid Unicode."
+            ) from None
         numbers: dict[str, list[int]] = {self.image_placeholder: [], self.video_placeholder: []}
         for placeholder in self._placeholders.pattern.finditer(text):
-            number = int(placeholder[2])
+            if len(placeholder[2].lstrip("0")) > MAX_DIGITS:
+                raise ValueError(f"{name}: names {shorten(placeholder[0], 30)}; there are not as many images.")
+            number = int(placeholder[2].lstrip("0") or "0")
             if number < 1:
                 raise ValueError(f"{name}: holds {placeholder[0]}; placeholders count from 1.")
             numbers[placeholder[1]].append(number)
@@ -395,7 +413,7 @@ class LocateAnythingProcessor(ProcessorMixin):
         shown: list[Image.Image] = []
 
         def expansion(placeholder: re.Match[str]) -> str:
-            number = int(placeholder[2])
+            number = int(placeholder[2].lstrip("0"))
             if placeholder[1] == self.image_placeholder:
                 words, frames = [f"<{self.image_placeholder} {number}>"], shots[number - 1]
             else:
@@ -431,6 +449,16 @@ class LocateAnythingProcessor(ProcessorMixin):
             raise ValueError(f"tokenizer: has no token {token!r}; expected LocateAnything's tokenizer.")
         return index
 
+    def _refuse_other_coordinates(self) -> None:
+        """The model gives coordinates as ids in a row; read by other words, every box would be another."""
+        ids = self.tokenizer.convert_tokens_to_ids([f"<{value}>" for value in range(1001)])
+        first = self._id_of("<0>")
+        for coordinate, index in enumerate(ids):
+            if index != first + coordinate:
+                raise ValueError(
+                    f"tokenizer: <{coordinate}> has the id {index}; expected {first + coordinate}, as <0> has {first}."
+                )
+
     # ------------------------------------------------------------------------------------------ answers
 
     def post_process_image_text_to_text(
@@ -458,12 +486,12 @@ class LocateAnythingProcessor(ProcessorMixin):
             added = self.tokenizer.added_tokens_decoder.items()
             dropped = {index for index, token in added if token.special and token.content not in ANSWER_TOKENS}
             rows = [[index for index in row if index not in dropped] for row in rows]
-        return [
-            self.tokenizer.decode(
-                row, skip_special_tokens=False, clean_up_tokenization_spaces=clean_up_tokenization_spaces
-            )
-            for row in rows
-        ]
+        return [self._decode(row, clean_up_tokenization_spaces=clean_up_tokenization_spaces) for row in rows]
+
+    def _decode(self, ids: Sequence[int], **kwargs: Any) -> str:
+        """Ids to text, special tokens kept. Ids that no vocabulary has, as -100 for "ignore", say nothing."""
+        size = len(self.tokenizer)
+        return self.tokenizer.decode([i for i in ids if 0 <= i < size], skip_special_tokens=False, **kwargs)
 
     def post_process_grounding(
         self, outputs: Any, target_sizes: Any = None, threshold: float | None = None
@@ -472,7 +500,8 @@ class LocateAnythingProcessor(ProcessorMixin):
 
         Only the answer is read: what follows the last opening of an assistant's turn, up to its end, or all of a row
         that holds no turns. So a question cannot plant a box. Malformed parts are left out, see
-        `grounding.parse_answer`.
+        `grounding.parse_answer`. Of ids, only the vocabulary's own tokens make a box: letters that spell `<box>` or
+        `<7>` are words, and ids outside of the vocabulary nothing.
 
         Args:
             outputs: ids `[rows, length]` of prompts with their answers or of answers alone, a `ModelOutput` with such
@@ -492,55 +521,90 @@ class LocateAnythingProcessor(ProcessorMixin):
 
         Raises:
             ValueError: outputs of another kind, another number of target_sizes than rows, sizes that are not two
-                positive numbers each, or a threshold without scores or outside of 0…1.
+                positive numbers each, scores that do not fit the sequences, or a threshold without scores or outside
+                of 0…1.
         """
         scores = getattr(outputs, "scores", None)
         if threshold is not None:
             _check_threshold(threshold, scores)
-        if is_array(scores):
-            return self._scored_groundings(outputs.sequences, scores, target_sizes, threshold or 0.0)
         outputs = getattr(outputs, "sequences", outputs)
+        if is_array(scores):
+            return self._scored_groundings(_id_rows(outputs), scores, target_sizes, threshold or 0.0)
         if isinstance(outputs, str):
-            texts = [outputs]
-        elif is_list(outputs) and all(isinstance(row, str) for row in outputs):
-            texts = list(outputs)
+            outputs = [outputs]
+        if is_list(outputs) and all(isinstance(row, str) for row in outputs):
+            rows = [parse_answer(_answer_of(text)) for text in outputs]
         else:
-            texts = [self.tokenizer.decode(row, skip_special_tokens=False) for row in _id_rows(outputs)]
+            marks = self._marks()
+            rows = [[item for item, *_ in self._places(self._answer_in(ids), marks)] for ids in _id_rows(outputs)]
+        sizes = _sizes(target_sizes, len(rows))
+        return [_in_tensors(items, width, height) for items, (height, width) in zip(rows, sizes, strict=True)]
+
+    def _marks(self) -> dict[int, str]:
+        """The tokens of the vocabulary that make an answer's boxes and labels."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {index: token.content for index, token in added if token.content in ANSWER_TOKENS}
+
+    def _places(self, ids: Sequence[int], marks: Mapping[int, str]) -> list[tuple[Grounding, range, range]]:
+        """`parse_places` of an answer's ids; the ranges are of tokens."""
+        pieces = [marks.get(index, _WORD) for index in ids]
+        ends = list(accumulate(map(len, pieces)))
         found = []
-        for text, (height, width) in zip(texts, _sizes(target_sizes, len(texts)), strict=True):
-            found.append(_in_tensors(parse_answer(_answer_of(text)), width, height))
+        for item, *places in parse_places("".join(pieces)):
+            label, box = (
+                range(bisect_right(ends, place.start), bisect_left(ends, place.stop) + 1) if place else range(0)
+                for place in places
+            )
+            words = self._decode([ids[i] for i in label]).strip()
+            found.append((item._replace(label=words), label, box))
         return found
 
+    def _answer_in(self, ids: list[int]) -> list[int]:
+        """`_answer_of` by ids: turns are opened and closed by the vocabulary's own tokens only."""
+        start, end = self._id_of(TURN_START), self._id_of(TURN_END)
+        openings = [place for place, index in enumerate(ids) if index == start]
+        answer = [] if openings else ids
+        for opening in reversed(openings):
+            opened = (
+                stop
+                for stop in range(opening + 1, min(opening + 1 + len(_ROLE), len(ids)) + 1)
+                if self._decode(ids[opening + 1 : stop]).startswith(_ROLE)
+            )
+            stop = next(opened, None)
+            if stop is not None:
+                answer = ids[stop:]
+                break
+        return list(takewhile(lambda index: index != end, answer))
+
     def _scored_groundings(
-        self, sequences: Any, scores: Any, target_sizes: Any, threshold: float
+        self, rows: list[list[int]], scores: Any, target_sizes: Any, threshold: float
     ) -> list[dict[str, Any]]:
-        """sequences: `[rows, prompt + new]` ids; scores: `[rows, new]` log-probabilities, NaN on padding."""
-        rows, scores = _id_rows(sequences), scores.tolist()
+        """rows: ids `[rows, prompt + new]`. scores: `[rows, new]` log-probabilities, NaN on padding."""
+        scores = torch.as_tensor(scores)
+        if (
+            scores.dim() != 2
+            or not scores.is_floating_point()
+            or len(scores) != len(rows)
+            or any(len(row) < scores.shape[1] for row in rows)
+        ):
+            raise ValueError(
+                f"outputs: got scores {scores.dtype} {list(scores.shape)} for {len(rows)} sequence(s) of "
+                f"{sorted(set(map(len, rows)))} ids; expected floating point [rows, new ids]."
+            )
+        end, marks = self._id_of(TURN_END), self._marks()
         found = []
-        for ids, values, (height, width) in zip(rows, scores, _sizes(target_sizes, len(rows)), strict=True):
-            values = list(takewhile(lambda value: not math.isnan(value), values))
-            start = len(ids) - len(scores[0])
-            ids = ids[start : start + len(values)]
-            # characters that several tokens make together are no matter here: labels are read from the ids again
-            pieces = [self.tokenizer.decode([index], skip_special_tokens=False) for index in ids]
-            ends = list(accumulate(map(len, pieces)))
-            text = "".join(pieces)
-            length = len(text.partition(TURN_END)[0])
+        sizes = _sizes(target_sizes, len(rows))
+        for ids, values, (height, width) in zip(rows, scores.tolist(), sizes, strict=True):
+            ids = ids[len(ids) - len(values) :]
+            told = takewhile(lambda pair: pair[0] != end and not math.isnan(pair[1]), zip(ids, values, strict=True))
             items, box_scores, label_scores = [], [], []
-            for item, label, box in parse_places(text[:length]):
-                own, named = (
-                    range(bisect_right(ends, place.start), bisect_left(ends, place.stop) + 1) if place else range(0)
-                    for place in (box, label)
-                )
-                # a box that is spelt in ordinary tokens has no coordinate tokens
-                coordinates = [i for i in own if pieces[i][1:-1].isdigit()] or own
-                score = geometric_mean([values[i] for i in coordinates])
+            for item, label, box in self._places([index for index, _ in told], marks):
+                score = geometric_mean([values[i] for i in box[1:-1]])
                 if np.float32(score) < np.float32(threshold):  # scores come out in float32
                     continue
-                words = self.tokenizer.decode([ids[i] for i in named], skip_special_tokens=False).strip()
-                items.append(Grounding(words if named else "", item.coordinates))
+                items.append(item)
                 box_scores.append(score)
-                label_scores.append(geometric_mean([values[i] for i in named]))
+                label_scores.append(geometric_mean([values[i] for i in label]))
             found.append(_in_tensors(items, width, height, box_scores, label_scores))
         return found
 
@@ -665,15 +729,18 @@ def _deal(name: str, layout: tuple[list[Any], bool], wanted: list[int]) -> list[
 
 def _captions(frames: int, rate: Any, times: Any, source: Source) -> list[str]:
     """What is written before each frame of a video; the first continues "The first video"."""
-    if rate is not None and not isinstance(rate, (int, float)):
+    if rate is not None and not _is_number(rate):
         raise ValueError(f"fps: got {rate!r} for {source.name}; expected frames per second or None.")
-    if times is not None and not (
-        is_list(times) and len(times) == frames and all(isinstance(time, (int, float)) for time in times)
-    ):
+    if times is not None and not (is_list(times) and len(times) == frames and all(map(_is_number, times))):
         raise ValueError(f"timestamps: got {times!r} for {source.name}; expected {frames} numbers, one per frame.")
     names = [f"Frame-{i + 1}" + ("" if times is None else f"-{times[i]:.2f}s") + ": " for i in range(frames)]
     head = ": " if rate is None else f" sampled with {rate:.2f} fps: "
     return [head + names[0], *names[1:]]
+
+
+def _is_number(value: Any) -> bool:
+    """A number that float32 can hold: no NaN, no infinity."""
+    return isinstance(value, Real) and abs(value) < 1e9  # type: ignore[operator]
 
 
 def _ordinal(number: int) -> str:
@@ -686,10 +753,10 @@ def _id_rows(outputs: Any) -> list[list[int]]:
     rows = outputs.tolist() if is_array(outputs) else outputs
     if is_list(rows):
         rows = [row.tolist() if is_array(row) else row for row in rows]
-        if all(isinstance(row, int) for row in rows):
+        if all(isinstance(row, Integral) for row in rows):
             rows = [rows] if rows else []
-        if all(is_list(row) and all(isinstance(index, int) for index in row) for row in rows):
-            return [list(row) for row in rows]
+        if all(is_list(row) and all(isinstance(index, Integral) for index in row) for row in rows):
+            return [list(map(int, row)) for row in rows]
     raise ValueError(f"outputs: got {type(outputs).__name__}; expected token ids [rows, length] or lists of them.")
 
 
@@ -702,7 +769,7 @@ def _sizes(target_sizes: Any, rows: int) -> list[tuple[float, float]]:
     checked = []
     for size in sizes:
         pair = size.tolist() if is_array(size) else size
-        if not is_list(pair) or len(pair) != 2 or not all(isinstance(s, (int, float)) and s > 0 for s in pair):
+        if not is_list(pair) or len(pair) != 2 or not all(_is_number(s) and s > 0 for s in pair):
             raise ValueError(f"target_sizes: got {size!r}; expected (height, width) in pixels.")
         checked.append((pair[0], pair[1]))
     return checked
@@ -711,7 +778,7 @@ def _sizes(target_sizes: Any, rows: int) -> list[tuple[float, float]]:
 def _check_threshold(threshold: Any, scores: Any) -> None:
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold: got {threshold!r}; expected a number from 0 to 1.")
-    if scores is None:
+    if not is_array(scores):
         raise ValueError(
             f"threshold: got {threshold} for outputs without scores; pass what generate(…, "
             "return_dict_in_generate=True, output_scores=True) returned."

@@ -46,8 +46,8 @@ def read_prompts(
     """
     if input_ids is None:
         raise ValueError("generate() needs input_ids; got none.")
-    input_ids = torch.as_tensor(input_ids)
-    if input_ids.is_floating_point() or input_ids.dim() != 2:
+    input_ids = _tensor_of(input_ids, "input_ids")
+    if not _whole(input_ids) or input_ids.dim() != 2:
         raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; expected integers [rows, length].")
     input_ids = input_ids.to(device, torch.long)
     if 0 in input_ids.shape:
@@ -61,7 +61,7 @@ def read_prompts(
         kept = (input_ids != config.pad_token_id).long()
         mask = (kept.cummax(1).values & kept.flip(1).cummax(1).values.flip(1)).bool()
     else:
-        mask = torch.as_tensor(attention_mask).to(device) != 0
+        mask = _tensor_of(attention_mask, "attention_mask").to(device) != 0
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask is {list(mask.shape)}; expected input_ids' {list(input_ids.shape)}.")
     _require_left_padding(mask, "input_ids pad" if attention_mask is None else "attention_mask pads")
@@ -140,8 +140,8 @@ def read_grids(
     """
     if image_grid_hws is None:
         raise ValueError("pixel_values came without image_grid_hws; pass the processor's output whole.")
-    grids = torch.as_tensor(image_grid_hws)
-    if grids.dim() != 2 or grids.shape[1] != 2 or grids.is_floating_point():
+    grids = _tensor_of(image_grid_hws, "image_grid_hws")
+    if grids.dim() != 2 or grids.shape[1] != 2 or not _whole(grids):
         raise ValueError(f"image_grid_hws is {grids.dtype} {list(grids.shape)}; expected integers [images, 2].")
     sizes = [(int(height), int(width)) for height, width in grids.tolist()]
     rows, columns = config.merge_kernel_size
@@ -191,17 +191,17 @@ class PromptFeatures:
             self.given, self.projected = list(visual_features.split([n for n in prompts.slots if n])), True
             self.tokens = [len(feature) for feature in self.given]
         elif visual_features is not None:
-            self.given = list(visual_features)
+            self.given = _tensors_of(visual_features, "visual_features")
             merged = vision.hidden_size * vision.merge_kernel_size[0] * vision.merge_kernel_size[1]
             _require_width(self.given, merged, "visual_features (a list: the vision tower's, one per image)")
             self.tokens = [len(feature) for feature in self.given]
         elif pixel_values is not None:
             if not isinstance(pixel_values, torch.Tensor):
-                pixel_values = torch.cat(list(pixel_values))
-            patch = vision.patch_size
-            if pixel_values.dim() != 4 or pixel_values.shape[1:] != (3, patch, patch):
-                shape = list(pixel_values.shape)
-                raise ValueError(f"pixel_values are {shape}; expected [patches, 3, {patch}, {patch}].")
+                pieces = _tensors_of(pixel_values, "pixel_values")
+                for piece in pieces:
+                    _require_patches(piece, vision.patch_size)
+                pixel_values = torch.cat([torch.empty(0, 3, vision.patch_size, vision.patch_size), *pieces])
+            _require_patches(pixel_values, vision.patch_size)
             self.sizes = read_grids(image_grid_hws, vision, len(pixel_values))
             self.pixels = list(pixel_values.split([height * width for height, width in self.sizes]))
             rows, columns = vision.merge_kernel_size
@@ -305,6 +305,37 @@ def images_by_row(slots: list[int], tokens: list[int]) -> list[list[int]]:
     if image < len(tokens):
         _refuse_count(sum(slots), sum(tokens), f"{len(tokens)} images")
     return rows
+
+
+def _tensor_of(value: Any, name: str) -> torch.Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (RuntimeError, TypeError, ValueError) as error:  # ragged, words, numbers beyond int64
+        raise ValueError(f"{name}: got a {type(value).__name__} that is no tensor ({error}).") from None
+    if tensor.is_meta:
+        raise ValueError(f"{name}: got a tensor on the meta device, which holds no values.")
+    return tensor
+
+
+def _whole(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _tensors_of(values: Any, name: str) -> list[torch.Tensor]:
+    """One or more tensors, or arrays, one for each image."""
+    if isinstance(values, np.ndarray):
+        values = [values]
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name}: got a {type(values).__name__}; expected a tensor, or a list of them.")
+    return [_tensor_of(value, f"{name}[{index}]") for index, value in enumerate(values)]
+
+
+def _require_patches(pixels: torch.Tensor, side: int) -> None:
+    if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side) or not pixels.is_floating_point():
+        raise ValueError(
+            f"pixel_values are {pixels.dtype} {list(pixels.shape)}; expected floating point "
+            f"[patches, 3, {side}, {side}]."
+        )
 
 
 def _require_width(features: list[torch.Tensor], width: int, what: str) -> None:

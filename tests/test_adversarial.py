@@ -1,0 +1,539 @@
+"""Hostile inputs: pictures, questions, ids and tensors of any kind are answered rightly or refused by name."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import struct
+import unicodedata
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from locateanything import media
+from locateanything.grounding import ANSWER_TOKENS, geometric_mean, parse_answer
+from locateanything.media import load_image
+from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
+from tests.conftest import model_of
+from tests.test_media import PNG
+from tests.test_processing import ANSWER, SMALL, ids_of, image, processor_of, user
+
+PROCESSOR = processor_of("shapes")
+VOCABULARY = len(PROCESSOR.tokenizer)
+START, END, SLOT = map(PROCESSOR.tokenizer.convert_tokens_to_ids, ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>"))
+RESERVED = ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
+
+
+def bounded(examples: int):
+    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"]
+# any shape, thin ones, and one that is over the limit of patches
+SIZES = st.one_of(
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.tuples(st.integers(1, 30), st.integers(600, 6000)),
+    st.tuples(st.integers(600, 6000), st.integers(1, 30)),
+)
+
+
+def check_patches(out, count: int) -> None:
+    grids = out["image_grid_hws"].tolist()
+    assert len(grids) == count
+    assert all(rows % 2 == columns % 2 == 0 and 0 < rows < 512 and 0 < columns < 512 for rows, columns in grids)
+    assert out["pixel_values"].shape == (sum(rows * columns for rows, columns in grids), 3, 14, 14)
+    assert out["pixel_values"].abs().max() <= 1
+
+
+@bounded(60)
+@given(mode=st.sampled_from(MODES), size=SIZES, colour=st.integers(0, 255), orientation=st.integers(0, 9))
+def test_pictures_of_every_mode_and_size(mode, size, colour, orientation):
+    picture = Image.new("L", size, colour)
+    picture = Image.new(mode, size) if mode in ("I;16", "RGBa", "LAB", "RGBX", "PA") else picture.convert(mode)
+    picture.getexif()[0x0112] = orientation
+    processor = PROCESSOR.image_processor
+    check_patches(processor.preprocess(picture), 1)
+    rows, columns = processor.grid_of(size[1], size[0])
+    assert processor.get_number_of_image_tokens(size[1], size[0]) * 4 == rows * columns
+
+
+@bounded(300)
+@given(height=st.integers(-5, 300_000), width=st.integers(-5, 300_000), limit=st.integers(1, 60_000))
+def test_a_grid_is_within_limits_or_refused(height, width, limit):
+    processor = LocateAnythingImageProcessor(in_token_limit=limit)
+    try:
+        rows, columns = processor.grid_of(height, width)
+    except ValueError as error:
+        assert str(width) in str(error) and str(height) in str(error)
+        return
+    assert 0 < rows < 512 and 0 < columns < 512 and rows % 2 == columns % 2 == 0
+    # the limit counts whole patches; a thin picture has nearly one more on each side, and padding adds a merge
+    assert (rows - 2) * (columns - 2) <= 4 * limit
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_the_first_frame_of_an_animation_is_shown(kind):
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue", "green")]
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=9, lossless=True)
+    red, green, blue = load_image(file.getvalue()).getpixel((5, 5))
+    assert red > 250 and green == blue == 0
+    assert load_image(file.getvalue()).size == (40, 30)
+
+
+ENCODED = []
+for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO"):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(stream, kind)
+    ENCODED.append(stream.getvalue())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what PIL says of damaged tags
+@bounded(250)
+@given(st.sampled_from(ENCODED), st.data())
+def test_truncated_and_damaged_files_are_read_or_refused_by_name(file, data):
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, len(file)), st.integers(0, len(file)))))
+    damaged = data.draw(st.sampled_from([file[:start], file[:start] + data.draw(st.binary(max_size=8)) + file[stop:]]))
+    try:
+        assert load_image(damaged).mode == "RGB"
+    except ValueError as error:
+        assert str(error).startswith(f"image {len(damaged)} bytes: ")
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
+    )
+
+
+@pytest.mark.parametrize(
+    ("bomb", "message"),
+    [
+        (png(100_000, 100_000, (b"IDAT", zlib.compress(bytes(1000)))), "decompression bomb"),
+        (png(2**31 - 1, 2**31 - 1), "decompression bomb"),
+        (png(8, 8, (b"zTXt", b"x\0\0" + zlib.compress(bytes(2**27))), (b"IDAT", b"")), "cannot be read"),
+        (png(8, 8, (b"iCCP", b"x\0\0" + zlib.compress(bytes(2**27))), (b"IDAT", b"")), "cannot be read"),
+        (png(8, 8, (b"IDAT", zlib.compress(bytes(10)))), "cannot be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "PostScript"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"%PDF-1.7\n", "not an image"),
+    ],
+)
+def test_bombs_are_refused_by_name(bomb, message):
+    with pytest.raises(ValueError, match=rf"image {len(bomb)} bytes: .*{message}"):
+        load_image(bomb)
+    with pytest.raises(ValueError, match=rf"conversation 0, image 1: image {len(bomb)} bytes: .*{message}"):
+        PROCESSOR.apply_chat_template(user(image(bomb), "Q"), tokenize=True)
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/pdf", "video/mp4", "TEXT/plain;charset=utf-8"])
+def test_another_mime_type_is_refused(kind):
+    with pytest.raises(ValueError, match=r"declared as another type; expected data:image"):
+        load_image(f"data:{kind};base64,{base64.b64encode(PNG).decode()}")
+    for right in ("image/png", "image/x-whatever", "application/octet-stream", ""):
+        load_image(f"data:{right};base64,{base64.b64encode(PNG).decode()}")
+
+
+def test_a_server_that_declares_no_image_is_refused(monkeypatch):
+    sent = {"Content-Type": "text/html"}
+    monkeypatch.setattr(media, "urlopen", lambda *args, **kwargs: Served(sent))
+    with pytest.raises(ValueError, match=r"cannot be downloaded .*sent as 'text/html'; expected an image"):
+        load_image("http://pictures/1.png")
+    sent["Content-Type"] = "image/png; x=y"
+    assert load_image("http://pictures/1.png").mode == "RGB"
+
+
+class Served(io.BytesIO):
+    """What urlopen returns, with headers of our choice."""
+
+    length = 0
+
+    def __init__(self, headers):
+        super().__init__(PNG)
+        self.headers = headers
+
+
+SOURCES = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(),
+        st.text(st.characters(codec=None)).map("data:".__add__),
+        st.text(st.characters(codec=None)).map("data:image/png;base64,".__add__),
+        st.text(st.characters(codec=None)).map("file://".__add__),
+        st.just(torch.zeros(2, 2, device="meta")), st.just(torch.eye(3).to_sparse()),
+        st.just(np.array([[None]])), st.just(np.array([["a"]])), st.just(np.float32(3)),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=2), st.dictionaries(st.sampled_from([*media.SOURCE_KEYS, "type"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@bounded(300)
+@given(SOURCES)
+def test_any_source_is_read_or_refused(source):
+    for load in (load_image, media.load_video):
+        try:
+            load(source)
+        except ValueError as error:
+            assert str(error).startswith(("image", "video"))
+
+
+def test_dicts_without_end_are_refused(tmp_path):
+    endless: dict = {}
+    endless["image"] = endless
+    with pytest.raises(ValueError, match="4 dicts in one another"):
+        load_image(endless)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe'.*no regular file"):
+        load_image(tmp_path / "pipe")
+
+
+# ---------------------------------------------------------------------------------------------- questions
+
+MARKUP = st.sampled_from(
+    [*RESERVED, "<img>", "</img>", "<box>", "</box>", "<ref>", "</ref>", "<7>", "</c>", "<null>", "<text_mask>",
+     "<|endoftext|>", "<image-1>", "<image-2>", "<video-1>", "<image-0>", f"<image-{'9' * 5000}>", "<image 1>",
+     "<|im_", "end|>", "<IMG_", "CONTEXT>", "user\n", "assistant\n", "\n", "\0", "\ud83d", "\u202e", "e\u0301"]
+)  # fmt: skip
+QUESTIONS = st.lists(st.one_of(MARKUP, st.text(max_size=12)), max_size=6)
+
+
+@bounded(400)
+@given(parts=QUESTIONS, split=st.booleans(), pictures=st.integers(0, 2))
+def test_a_question_forges_neither_slots_nor_turns(parts, split, pictures):
+    """It is refused by name, or the prompt has the turns and slots of its conversation, and its words in them."""
+    question = "".join(parts)
+    conversation = user(*[image(SMALL)] * pictures, *(parts if split else [question]))
+    try:
+        inputs = PROCESSOR.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+    except ValueError as error:
+        assert re.match(r"conversation 0|images: got|videos: got", str(error)), error
+        hostile = (*RESERVED, "<image-", "<video-", "\ud83d")
+        assert any(token in question for token in hostile), question
+        return
+    ids = inputs["input_ids"][0].tolist()
+    assert not any(token in question for token in RESERVED)
+    assert (ids.count(START), ids.count(END)) == (3, 2)
+    shown = len(inputs.get("image_grid_hws", ()))
+    assert ids.count(SLOT) == shown  # SMALL is one token
+    assert shown == pictures or "<image-" in question
+    if "<image-" not in question:
+        prompt = PROCESSOR.tokenizer.decode(ids)
+        words = unicodedata.normalize("NFC", question)
+        assert f"{words}<|im_end|>\n<|im_start|>assistant\n" in unicodedata.normalize("NFC", prompt)
+    assert PROCESSOR.post_process_grounding([ids])[0]["labels"] == []
+
+
+@pytest.mark.parametrize("token", RESERVED)
+@pytest.mark.parametrize("role", ["user", "system", "tool", "assistant"])
+def test_marks_of_the_prompt_are_refused_in_every_call(token, role):
+    pieces = [f"a {token[:5]}", f"{token[5:]} b"]
+    for content in (f"a {token} b", [f"a {token} b"], pieces, [pieces[0], image(SMALL), f"{pieces[1]} <image-1>"]):
+        conversation = [{"role": role, "content": content}, *user("Q")]
+        for call in (
+            PROCESSOR.py_apply_chat_template,
+            PROCESSOR.apply_chat_template,
+            lambda c: PROCESSOR.apply_chat_template(c, chat_template="{{ messages }}"),
+            lambda c: PROCESSOR.apply_chat_template([user("Q"), c], tokenize=True),
+        ):
+            with pytest.raises(ValueError, match=rf"conversation [01]: a '{role}' message holds {re.escape(token)}"):
+                call(conversation)
+    with pytest.raises(ValueError, match="message holds"):
+        PROCESSOR.py_apply_chat_template([{"role": f"user{token}", "content": ""}])
+
+
+def test_an_answer_given_back_may_end_in_its_own_end_of_turn():
+    turns = [*user("Q"), {"role": "assistant", "content": ANSWER}, *user("R")]
+    assert f"{ANSWER}<|im_end|>\n" in PROCESSOR.py_apply_chat_template(turns)
+
+
+@bounded(150)
+@given(st.lists(st.text(st.characters(codec=None), max_size=300), min_size=1, max_size=4))
+def test_texts_of_any_unicode(texts):
+    try:
+        inputs = PROCESSOR(text=texts, return_tensors="pt")
+    except ValueError as error:
+        assert any("\ud800" <= letter <= "\udfff" for letter in "".join(texts)) or "<" in "".join(texts), error
+        assert re.match(r"text \d: holds|images: got|videos: got", str(error)), error
+        return
+    for text, ids, mask in zip(texts, inputs["input_ids"], inputs["attention_mask"], strict=True):
+        decoded = PROCESSOR.tokenizer.decode(ids[mask.bool()].tolist())
+        assert unicodedata.normalize("NFC", decoded) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("numbers", [{"fps": [float("nan")]}, {"fps": 10**400}, {"timestamps": [[float("inf")]]}])
+def test_times_that_are_no_numbers(numbers):
+    with pytest.raises(ValueError, match=r"fps: got|timestamps: got"):
+        PROCESSOR(text="<video-1>", videos=[[SMALL]], **numbers)
+
+
+def test_very_long_questions():
+    question = "red circle " * 20_000
+    ids = PROCESSOR.apply_chat_template(user(image(SMALL), question), tokenize=True, return_dict=True)["input_ids"]
+    assert question in PROCESSOR.tokenizer.decode(ids[0].tolist())
+    with pytest.raises(ValueError, match=r"row 0: its prompt has \d+ tokens, at or over the length limit of 4096"):
+        model_of("shapes").generate(input_ids=ids)
+
+
+# ---------------------------------------------------------------------------------------------- answers
+
+TOKENS = sorted(ANSWER_TOKENS & set(PROCESSOR.tokenizer.get_vocab()))
+ANSWER_IDS = dict(zip(PROCESSOR.tokenizer.convert_tokens_to_ids(TOKENS), TOKENS, strict=True))
+OPENING = [START, *ids_of(PROCESSOR, "assistant\n")]
+FRAGMENTS = [
+    *(ids_of(PROCESSOR, words) for words in (ANSWER, "<ref>é圆</ref><box><1><2><3><4></box>")),
+    *(OPENING, [START, *ids_of(PROCESSOR, "user\n")], [END]),
+    *([-100], [-1], [2**40], [VOCABULARY]),
+]
+SPELLED = [index for letter in "<ref>cat</ref><box><1><2></box>" for index in ids_of(PROCESSOR, letter)]
+ANY_ID = st.one_of(st.integers(0, VOCABULARY - 1), st.sampled_from(sorted(ANSWER_IDS)), st.integers(-(2**70), 2**70))
+# token by token, in whole fragments, and with what letters spell
+ROWS = st.lists(st.one_of(ANY_ID.map(lambda i: [i]), st.sampled_from([*FRAGMENTS, SPELLED])), max_size=12).map(
+    lambda parts: [index for part in parts for index in part]
+)
+
+
+def boxes_of(ids: list[int]) -> list[tuple[int, ...]]:
+    """Every box and point that a row's own tokens hold, by brute force: <box>, 2 or 4 coordinates, </box>."""
+    words = [ANSWER_IDS.get(index, "") for index in ids]
+    found = []
+    for start, word in enumerate(words):
+        for count in (2, 4):
+            inside = words[start + 1 : start + 1 + count]
+            closed = words[start + 1 + count : start + 2 + count] == ["</box>"]
+            if word == "<box>" and closed and all(piece[1:-1].isdigit() for piece in inside):
+                x, y = (sorted(int(piece[1:-1]) for piece in inside[axis::2]) for axis in (0, 1))
+                found.append((x[0], y[0], *([x[-1], y[-1]] if count == 4 else [])))
+    return found
+
+
+def answer_part(ids: list[int]) -> list[int]:
+    starts = [i for i in range(len(ids)) if ids[i : i + len(OPENING)] == OPENING]
+    part = ids[starts[-1] + len(OPENING) :] if starts else [] if START in ids else ids
+    return part[: part.index(END)] if END in part else part
+
+
+def check_found(row: dict, expected: list[tuple[int, ...]]) -> None:
+    for kind, labels, places in (("boxes", "labels", 4), ("points", "point_labels", 2)):
+        wanted = [box for box in expected if len(box) == places]
+        assert row[kind].mul(1000).round().int().tolist() == [list(box) for box in wanted]
+        assert len(row[labels]) == len(wanted) and all(isinstance(label, str) for label in row[labels])
+
+
+@bounded(200)
+@given(st.lists(ROWS, max_size=4))
+def test_ids_of_any_kind_invent_no_box(rows):
+    found = PROCESSOR.post_process_grounding(rows) if all(rows) else [
+        PROCESSOR.post_process_grounding([row])[0] for row in rows
+    ]  # fmt: skip
+    for ids, row in zip(rows, found, strict=True):
+        check_found(row, boxes_of(answer_part(ids)))
+    assert len(PROCESSOR.post_process_image_text_to_text(rows)) == len(rows)
+
+
+class Output:
+    def __init__(self, sequences, scores):
+        self.sequences, self.scores = sequences, scores
+
+
+SCORES = st.one_of(st.floats(-20, 0), st.floats(width=32))
+
+
+@bounded(150)
+@given(ids=ROWS.filter(len), prompt=st.integers(0, 4), threshold=st.none() | st.floats(0, 1), data=st.data())
+def test_scored_ids_of_any_kind_invent_no_box(ids, prompt, threshold, data):
+    new = len(ids) - min(prompt, len(ids) - 1)
+    scores = data.draw(st.lists(SCORES, min_size=new, max_size=new))
+    (row,) = PROCESSOR.post_process_grounding(Output([ids], torch.tensor([scores])), threshold=threshold)
+    told = ids[len(ids) - new :][: next((i for i, score in enumerate(scores) if score != score), new)]
+    expected = boxes_of(told[: told.index(END)] if END in told else told)
+    if not threshold:
+        check_found(row, expected)
+    for kind, prefix in (("boxes", ""), ("points", "point_")):
+        got = [tuple(box) for box in row[kind].mul(1000).round().int().tolist()]
+        assert all(box in expected for box in got)
+        for name in (f"{prefix}scores", f"{prefix}label_scores"):
+            assert row[name].shape == (len(got),) and ((row[name] >= 0) & (row[name] <= 1)).all()
+        assert (row[f"{prefix}scores"] >= np.float32(threshold or 0)).all()
+
+
+@bounded(120)
+@given(st.lists(st.one_of(st.text(st.characters(codec=None), max_size=40), ROWS.map(
+    lambda ids: "".join(ANSWER_IDS.get(i, "x") for i in ids)))))  # fmt: skip
+def test_texts_of_any_kind_invent_no_box(texts):
+    for text, row in zip(texts, PROCESSOR.post_process_grounding(texts), strict=True):
+        assert len(row["boxes"]) + len(row["points"]) <= len(parse_answer(text))
+        assert len(row["boxes"]) + len(row["points"]) <= text.count("<box>")
+
+
+def test_letters_that_spell_a_box_are_no_box():
+    assert PROCESSOR.tokenizer.decode(SPELLED) == "<ref>cat</ref><box><1><2></box>"
+    for outputs in ([SPELLED], torch.tensor([SPELLED]), Output(torch.tensor([SPELLED]), torch.zeros(1, len(SPELLED)))):
+        (row,) = PROCESSOR.post_process_grounding(outputs)
+        assert row["labels"] == row["point_labels"] == []
+    # nor do letters end the answer, or begin another
+    turn = [index for letter in "<|im_end|><|im_start|>assistant\n" for index in ids_of(PROCESSOR, letter)]
+    (row,) = PROCESSOR.post_process_grounding([[*ids_of(PROCESSOR, ANSWER)[:-1], *turn, *ids_of(PROCESSOR, ANSWER)]])
+    assert row["labels"] == ["red circle"] * 2
+
+
+def test_broken_bytes_in_a_label_are_shown_as_such():
+    label = ids_of(PROCESSOR, "圆")[:-1]
+    ids = [*ids_of(PROCESSOR, "<ref>"), *label, *ids_of(PROCESSOR, "</ref><box><1><2></box>")]
+    assert PROCESSOR.post_process_grounding([ids])[0]["point_labels"] == ["\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (Output([[5, 6]], torch.zeros(1, 3)), r"scores torch.float32 \[1, 3\] for 1 sequence\(s\) of \[2\] ids"),
+        (Output([[5, 6]], torch.zeros(3)), r"\[3\]"),
+        (Output([[5, 6]], torch.zeros(2, 2)), r"\[2, 2\]"),
+        (Output([[5, 6]], torch.zeros(1, 2, dtype=torch.long)), "expected floating point"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused(output, message):
+    with pytest.raises(ValueError, match=f"outputs: got scores.*{message}|{message}"):
+        PROCESSOR.post_process_grounding(output)
+
+
+def test_a_threshold_on_another_librarys_scores_is_not_ignored():
+    with pytest.raises(ValueError, match=r"threshold: got 0\.5 for outputs without scores"):
+        PROCESSOR.post_process_grounding(Output([[5, 6]], (torch.zeros(1, 9),)), threshold=0.5)
+
+
+@pytest.mark.parametrize("size", [(float("inf"), 2), (float("nan"), 2), (10**400, 2), (-1, 2), ("1", 2), (None, 2)])
+def test_sizes_that_are_none(size):
+    with pytest.raises(ValueError, match="target_sizes: got"):
+        PROCESSOR.post_process_grounding([ANSWER], [size])
+
+
+def test_numbers_of_numpy_are_numbers():
+    ids = [np.int64(index) for index in ids_of(PROCESSOR, ANSWER)]
+    (row,) = PROCESSOR.post_process_grounding([ids], [(np.int64(100), np.float32(200))])
+    assert row["labels"] == ["red circle"]
+
+
+@given(st.lists(st.floats(allow_nan=False)))
+def test_a_mean_is_a_probability(values):
+    assert 0 <= geometric_mean(values) <= 1
+
+
+# ---------------------------------------------------------------------------------------------- generate
+
+ASKED = st.tuples(
+    st.lists(st.tuples(st.integers(1, 80), st.integers(1, 80)), max_size=2),
+    st.text(max_size=20).filter(lambda text: "<" not in text),
+    st.sampled_from(["hybrid", "fast", "slow", "verified"]),
+    st.integers(1, 12),
+)
+
+
+@bounded(15)
+@given(st.lists(ASKED, min_size=1, max_size=5), st.integers(1, 5))
+def test_rows_of_any_shape_equal_themselves_alone(rows, slots):
+    model = model_of("shapes")
+
+    def ask(rows):
+        conversations = [user(*(image(Image.new("RGB", s, "red")) for s in sizes), words) for sizes, words, *_ in rows]
+        inputs = PROCESSOR.apply_chat_template(
+            conversations, tokenize=True, return_dict=True, add_generation_prompt=True, padding=True
+        )
+        modes, most = [row[2] for row in rows], [row[3] for row in rows]
+        output = model.generate(**inputs, generation_mode=modes, max_new_tokens=most, max_batch_rows=slots)
+        PROCESSOR.post_process_grounding(output)
+        return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+    pad = model.config.pad_token_id
+    for row, together in zip(rows, ask(rows), strict=True):
+        (alone,) = ask([row])
+        assert together[: len(alone)] == alone and set(together[len(alone) :]) <= {pad}
+
+
+WITH_IMAGE = PROCESSOR(text=["<image-1>x"], images=[SMALL], return_tensors="pt")
+JUNK = st.one_of(
+    st.sampled_from(
+        ["x", {}, 5, [], [[]], [None], [[1], [1, 2]], [[2**70]], [[1.5]], np.array([["a"]]), torch.zeros(3)]
+        + [torch.zeros(1, 3, dtype=kind) for kind in (torch.bool, torch.complex64, torch.float16, torch.uint8)]
+        + [torch.zeros(2, 2, dtype=torch.long, device="meta"), [torch.zeros(4, 3, 14, 13)], [torch.zeros(1, 9)]]
+        + [torch.full((1, 2), value) for value in (-3, 2**40)]
+    ),
+    st.lists(st.lists(st.integers(-3, 1500), max_size=4), max_size=3),
+)
+
+
+@bounded(250)
+@given(name=st.sampled_from([*WITH_IMAGE, "visual_features"]), junk=JUNK)
+def test_generate_answers_or_refuses_by_name(name, junk):
+    inputs = {**WITH_IMAGE, name: junk}
+    if name == "visual_features":
+        del inputs["pixel_values"]
+    try:
+        output = model_of("shapes").generate(**inputs, max_new_tokens=1)
+    except ValueError as error:
+        assert any(word in str(error) for word in (name, "row 0", "image 0", "input_ids", "images")), error
+    else:
+        assert output.dtype == torch.long and output.dim() == 2
+
+
+# ---------------------------------------------------------------------------------------------- processors
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"patch_size": 0}, "patch_size: got 0"),
+        ({"patch_size": "14"}, "patch_size: got '14'"),
+        ({"in_token_limit": -1}, "in_token_limit: got -1"),
+        ({"in_token_limit": True}, "in_token_limit: got True"),
+        ({"merge_kernel_size": [2]}, r"merge_kernel_size: got \[2\]"),
+        ({"merge_kernel_size": [0, 2]}, "merge_kernel_size"),
+        ({"merge_kernel_size": 2}, "merge_kernel_size: got 2"),
+        ({"image_mean": [0.5]}, r"image_mean: got \[0.5\]"),
+        ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std"),
+    ],
+)
+def test_settings_of_the_image_processor_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LocateAnythingImageProcessor(**settings)
+
+
+def test_another_tokenizer_is_refused():
+    class Other:
+        unk_token_id = None
+        padding_side = "left"
+        chat_template = None
+        shift: dict = {}
+
+        def convert_tokens_to_ids(self, tokens):
+            if not isinstance(tokens, str):
+                return [self.convert_tokens_to_ids(token) for token in tokens]
+            return self.shift.get(tokens, PROCESSOR.tokenizer.convert_tokens_to_ids(tokens))
+
+    class Plain(LocateAnythingProcessor):
+        def check_argument_for_proper_class(self, *args):
+            return type(None)
+
+    for token, index, message in (
+        ("<|im_end|>", None, "no token '<|im_end|>'"),
+        ("<500>", None, "<500> has the id None; expected 932"),
+        ("<7>", 3, "<7> has the id 3; expected 439, as <0> has 432"),
+    ):
+        Other.shift = {token: index}
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Plain(PROCESSOR.image_processor, Other())
