@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -291,7 +292,7 @@ def _built(tower: type[PretrainedConfig], values: dict[str, Any], name: str) -> 
         raise ValueError(f"{name}: {error}") from error
 
 
-def _refuse_counts(values: dict[str, Any], largest: dict[str, int], name: str) -> None:
+def _refuse_counts(values: Mapping[str, Any], largest: dict[str, int], name: str) -> None:
     for key, most in largest.items():
         value = values.get(key, 1)  # what is missing has the tower's default
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:

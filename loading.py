@@ -1,0 +1,200 @@
+# Copyright 2026 The LocateAnything-batched authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""A checkpoint's files, examined before a weight is read: safetensors only, whole, of this model and its tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration import LocateAnythingConfig
+
+MAX_HEADER = 100 * 2**20  # bytes, safetensors' own limit
+# Bits of an element, by safetensors' names.
+DTYPES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+TOKENS = {
+    "<IMG_CONTEXT>": "image",
+    "<box>": "box_start",
+    "</box>": "box_end",
+    "<ref>": "ref_start",
+    "</ref>": "ref_end",
+    "<0>": "coord_start",
+    "<1000>": "coord_end",
+    "<null>": "null",
+    "<text_mask>": "mask",
+    "<|im_end|>": "end",
+}
+Shapes = dict[str, list[int]]
+
+
+class CheckedLoading:
+    """A mixin in front of `PreTrainedModel`, whose `from_pretrained` unpickles, and fills in what is missing."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' call; weights come from safetensors, and from a local folder only if it is whole.
+
+        Raises:
+            ValueError: `use_safetensors=False`, or a local folder whose files are damaged, do not fit the config or
+                its tokenizer, or hold pickle only. The message names the file.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: pickle can run any code and is never loaded; leave it out.")
+        own: Any = super()
+        given = pretrained_model_name_or_path
+        if given is None or kwargs.get("state_dict") is not None or kwargs.get("gguf_file") is not None:
+            return own.from_pretrained(given, *args, **kwargs)
+        folder = Path(given) / (kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            config = kwargs.get("config")
+            if not isinstance(config, LocateAnythingConfig):
+                config = LocateAnythingConfig.from_pretrained(config or folder)
+            check_tokenizer(folder, config)
+            stored = read_shapes(folder, kwargs.get("variant"))
+            quantised = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+            if not quantised and not kwargs.get("key_mapping"):
+                with torch.device("meta"):
+                    model: Any = cls(copy.deepcopy(config))  # type: ignore[call-arg]
+                _check_shapes(folder, stored, model, exact=not kwargs.get("ignore_mismatched_sizes"))
+        return own.from_pretrained(given, *args, **{**kwargs, "use_safetensors": True})
+
+
+def read_shapes(folder: Path, variant: str | None = None) -> Shapes:
+    """The name and shape of each tensor of a checkpoint, from the headers of its safetensors files.
+
+    Args:
+        variant: as in transformers' `from_pretrained`: `model.VARIANT.safetensors`.
+
+    Raises:
+        ValueError: no safetensors, a shard that is missing, or a file that is damaged.
+    """
+    part = f".{variant}" if variant else ""
+    single = folder / f"model{part}.safetensors"
+    index = folder / f"model.safetensors.index{part}.json"
+    if single.is_file():
+        return _read_header(single)
+    if not index.is_file():
+        pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
+        beside = f"; {', '.join(pickles)} may be pickle, which can run any code and is never loaded" if pickles else ""
+        raise ValueError(f"{folder}: holds neither {single.name} nor {index.name}{beside}.")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index}: has no weight_map of names to files.")
+    shapes: Shapes = {}
+    for shard in sorted(set(weight_map.values())):
+        path = folder / shard
+        if os.path.basename(shard) != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index}: names {shard!r}; expected safetensors files beside it.")
+        if not path.is_file():
+            raise ValueError(f"{path}: is missing, though {index.name} names it.")
+        header = _read_header(path)
+        absent = sorted(name for name, file in weight_map.items() if file == shard and name not in header)
+        if absent:
+            raise ValueError(f"{path}: lacks {_some(absent)}, which {index.name} looks for there.")
+        shapes.update(header)
+    return shapes
+
+
+def check_tokenizer(folder: Path, config: LocateAnythingConfig) -> None:
+    """The tokenizer beside a checkpoint gives its tokens the ids that the config names; none there is no error.
+
+    Raises:
+        ValueError: ids that differ, tokens that are missing, a file that is no JSON.
+    """
+    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        ids = _added_tokens(_read_json(folder / name)) if (folder / name).is_file() else {}
+        if ids:
+            break
+    else:
+        return
+    for token, role in TOKENS.items():
+        expected = getattr(config.token_roles, role)
+        if ids.get(token) != expected:
+            raise ValueError(
+                f"{folder / name}: {token} has the id {ids.get(token)}, but the config's {role} is {expected}; "
+                "the tokenizer is another model's."
+            )
+
+
+def _added_tokens(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids by token, of any of the three files that may hold them."""
+    if isinstance(content.get("added_tokens_decoder"), dict):
+        entries = content["added_tokens_decoder"].items()
+        return {entry.get("content"): int(index) for index, entry in entries if str(index).isdigit()}
+    if isinstance(content.get("added_tokens"), list):
+        return {entry.get("content"): entry.get("id") for entry in content["added_tokens"]}
+    return {token: index for token, index in content.items() if isinstance(index, int)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is no JSON file ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}; expected a JSON object.")
+    return content
+
+
+def _read_header(path: Path) -> Shapes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise ValueError(f"{path}: is a Git LFS pointer; fetch the file itself with `git lfs pull`.")
+        if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise ValueError(f"{path}: is no safetensors file, or cut off: {size} bytes, a header of {length}.")
+        try:
+            header = json.loads(file.read(length).decode())
+            header.pop("__metadata__", None)
+            shapes = {name: list(entry["shape"]) for name, entry in header.items()}
+            spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+            sizes = {name: math.prod(shapes[name]) * DTYPES[header[name]["dtype"]] // 8 for name in header}
+            place = 0
+            for begin, end, name in spans:
+                if begin != place or end - begin != sizes[name] or any(side < 0 for side in shapes[name]):
+                    raise ValueError(f"{name} is at {begin}…{end}; expected {place}…{place + sizes[name]}")
+                place = end
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: has a damaged header ({type(error).__name__}: {error}).") from error
+    if 8 + length + place != size:
+        raise ValueError(f"{path}: has {size} bytes; its header tells of {8 + length + place}. Fetch it again.")
+    return shapes
+
+
+def _check_shapes(folder: Path, stored: Shapes, model: Any, exact: bool) -> None:
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.text_config.tie_word_embeddings:
+        expected.pop("language_model.lm_head.weight")
+    absent = sorted(expected.keys() - stored.keys())
+    if absent:
+        raise ValueError(f"{folder}: its weights lack {_some(absent)}; transformers would fill them in at random.")
+    others = {name: stored[name] for name, shape in expected.items() if stored[name] != shape}
+    if exact and others:
+        name, shape = next(iter(others.items()))
+        raise ValueError(
+            f"{folder}: {name} is {shape}, but the config makes it {expected[name]} ({len(others)} tensors differ); "
+            "the weights are another model's."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+__all__ = ["CheckedLoading", "check_tokenizer", "read_shapes"]

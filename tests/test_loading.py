@@ -1,0 +1,370 @@
+"""Damaged, foreign and dangerous checkpoints are refused before a weight is read; the code that loads is inert."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import math
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from locateanything.configuration import LocateAnythingConfig
+from locateanything.loading import CheckedLoading, read_shapes
+from locateanything.modeling_locateanything_batched import LocateAnythingBatchedForConditionalGeneration
+from tests.conftest import CHECKPOINTS, GOLDENS
+from upload_to_hub import assemble, remote_code_files
+
+OFFICIAL = CHECKPOINTS["shapes"]
+CONFIG = json.loads((OFFICIAL / "config.json").read_text())
+WEIGHTS = (OFFICIAL / "model.safetensors").read_bytes()
+HEADER = int.from_bytes(WEIGHTS[:8], "little")
+
+
+class Model(CheckedLoading, LocateAnythingBatchedForConditionalGeneration):
+    pass
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The small checkpoint without its weights."""
+    shutil.copytree(OFFICIAL, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("*.safetensors"))
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """No weight may be read: transformers' loading is out of reach."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("transformers was asked to load")
+
+    monkeypatch.setattr(LocateAnythingBatchedForConditionalGeneration, "from_pretrained", fail)
+
+
+def test_a_whole_checkpoint_is_loaded(folder):
+    model = Model.from_pretrained(OFFICIAL)
+    state = load_file(OFFICIAL / "model.safetensors")
+    assert read_shapes(OFFICIAL) == {name: list(tensor.shape) for name, tensor in state.items()}
+    model.save_pretrained(folder, max_shard_size="1MB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    again = Model.from_pretrained(str(folder), dtype=torch.float32)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in state.items())
+    assert Model.from_pretrained(None, config=model.config, state_dict=state).config is not None
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+
+def header_of(**changes) -> bytes:
+    header = json.loads(WEIGHTS[8 : 8 + HEADER])
+    for name, change in changes.items():
+        header["mlp1.0.bias"][name] = change
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + WEIGHTS[8 + HEADER :]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is no safetensors file, or cut off: 0 bytes"),
+        (WEIGHTS[:7], "7 bytes"),
+        (WEIGHTS[: 8 + HEADER - 1], "cut off"),
+        (WEIGHTS[: 8 + HEADER], "its header tells of"),
+        (WEIGHTS[:-1], f"has {len(WEIGHTS) - 1} bytes; its header tells of {len(WEIGHTS)}"),
+        (WEIGHTS + b"\0", "its header tells of"),
+        ((2**63).to_bytes(8, "little") + WEIGHTS[8:], "is no safetensors file"),
+        (WEIGHTS[:8] + b"\xff" * HEADER + WEIGHTS[8 + HEADER :], "damaged header"),
+        (WEIGHTS[:8] + b"[" * HEADER + WEIGHTS[8 + HEADER :], "damaged header"),
+        (WEIGHTS[:8] + b"[]".ljust(HEADER) + WEIGHTS[8 + HEADER :], "damaged header"),
+        (header_of(dtype="F33"), "damaged header.*F33"),
+        (header_of(shape=[1]), "damaged header.*mlp1.0.bias"),
+        (header_of(shape=[-1, -256]), "damaged header.*mlp1.0.bias"),
+        (header_of(data_offsets=[0, 1024]), "damaged header"),
+        (header_of(data_offsets=["a", "b"]), "damaged header"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "Git LFS pointer"),
+        (pickle.dumps({"a": 1}) * 9, "is no safetensors file"),
+    ],
+)
+def test_damaged_weights_are_refused_unread(folder, unread, content, message):
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
+        Model.from_pretrained(folder)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_damaged_header_is_refused_or_the_same(data, tmp_path_factory):
+    """Bytes of the header are changed: an error, or every tensor's bytes are still a tensor's."""
+    path = tmp_path_factory.getbasetemp() / "fuzzed" / "model.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    content = bytearray(WEIGHTS)
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, 8 + HEADER - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        shapes = read_shapes(path.parent)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert sum(map(math.prod, shapes.values())) * 4 == len(WEIGHTS) - 8 - HEADER
+
+
+def test_weights_that_are_not_this_models_are_refused_unread(folder, unread):
+    state = load_file(OFFICIAL / "model.safetensors")
+    bias = state.pop("mlp1.1.bias")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"its weights lack mlp1\.1\.bias; transformers would fill"):
+        Model.from_pretrained(folder)
+    save_file({**state, "mlp1.1.bias": bias[:-1].clone()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"mlp1\.1\.bias is \[127\], but the config makes it \[128\]"):
+        Model.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index, folder: (folder / "b.safetensors").unlink(), r"b\.safetensors: is missing"),
+        (lambda index, folder: index.update(weight_map=[]), "has no weight_map"),
+        (lambda index, folder: index["weight_map"].update(x="b.safetensors"), r"b\.safetensors: lacks x"),
+        (lambda index, folder: index["weight_map"].update(x="../b.safetensors"), r"names '\.\./b\.safetensors'"),
+        (lambda index, folder: index["weight_map"].update(x="b.bin"), r"names 'b\.bin'"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused_unread(folder, unread, change, message):
+    names = sorted(read_shapes(OFFICIAL))
+    state = load_file(OFFICIAL / "model.safetensors")
+    save_file({name: state[name] for name in names[:9]}, folder / "a.safetensors")
+    save_file({name: state[name] for name in names[9:]}, folder / "b.safetensors")
+    index = {"weight_map": {name: "a.safetensors" if name in names[:9] else "b.safetensors" for name in names}}
+    change(index, folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        Model.from_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index)[:-1])
+    with pytest.raises(ValueError, match=r"index\.json: is no JSON file"):
+        Model.from_pretrained(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "adapter.pth"])
+def test_pickle_is_never_loaded(folder, name):
+    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    for kwargs in ({}, {"use_safetensors": None}, {"use_safetensors": True}, {"weights_only": False}):
+        with pytest.raises(ValueError, match=rf"holds neither model\.safetensors.*{name} may be pickle"):
+            Model.from_pretrained(folder, **kwargs)
+    with pytest.raises(ValueError, match="use_safetensors=False: pickle"):
+        Model.from_pretrained(folder, use_safetensors=False)
+    shutil.copy(OFFICIAL / "model.safetensors", folder)  # beside safetensors it is left alone
+    assert Model.from_pretrained(folder).config.image_token_index == 420
+
+
+# ---------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_another_tokenizer_is_refused_unread(folder, unread):
+    shutil.copy(OFFICIAL / "model.safetensors", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    added = {entry["content"]: int(index) for index, entry in settings["added_tokens_decoder"].items()}
+    for token, index in (("<box>", 424), ("<1000>", None), ("<IMG_CONTEXT>", 5)):
+        wrong = {**added, token: index}
+        message = rf"{token} has the id {index}, but the config's \w+ is \d+; the tokenizer is another"
+        (folder / "added_tokens.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=rf"added_tokens\.json: {message}"):
+            Model.from_pretrained(folder)
+        (folder / "added_tokens.json").unlink()
+        (folder / "tokenizer_config.json").write_text("{}")
+        entries = [{"id": own, "content": content} for content, own in wrong.items()]
+        (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": entries}))
+        with pytest.raises(ValueError, match=rf"tokenizer\.json: {message}"):
+            Model.from_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: is no JSON"):
+        Model.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+OURS = [
+    *((key,) for key in CONFIG if key.endswith(("_id", "_index", "_layers", "_config"))),
+    *(("text_config", key) for key in CONFIG["text_config"] if key.endswith(("_id", "_size", "_heads", "_layers"))),
+    *(("text_config", key) for key in ("rope_theta", "rms_norm_eps", "max_position_embeddings", "model_type")),
+    *(("vision_config", key) for key in CONFIG["vision_config"] if key not in ("model_type", "torch_dtype")),
+]
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 1445), st.integers(), st.floats(), st.text(max_size=3),
+    st.lists(st.integers(0, 3), max_size=3), st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
+)  # fmt: skip
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(OURS), st.one_of(st.just("missing"), JUNK)), min_size=1, max_size=3))
+def test_a_damaged_config_is_refused_or_makes_sense(changes):
+    config = copy.deepcopy(CONFIG)
+    for path, value in changes:
+        part = config
+        for key in path[:-1]:
+            part = part.get(key)
+        if not isinstance(part, dict):
+            continue
+        if value == "missing":
+            part.pop(path[-1], None)
+        else:
+            part[path[-1]] = value
+    try:
+        read = LocateAnythingConfig.from_dict(config)
+    except ValueError as error:
+        assert len(str(error)) > 20
+        return
+    roles = vars(read.token_roles)
+    assert len(set(roles.values())) == len(roles)
+    assert all(0 <= index < read.text_config.vocab_size for index in (*roles.values(), read.pad_token_id))
+    text, vision = read.text_config, read.vision_config
+    assert text.hidden_size % text.num_attention_heads == text.num_attention_heads % text.num_key_value_heads == 0
+    assert vision.hidden_size % vision.num_attention_heads == 0 and len(vision.merge_kernel_size) == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (None, {"none_token_id": 500}, r"among the coordinates 432 … 1432: \{'none': 500\}"),
+        (None, {"pad_token_id": 420}, "pad_token_id=420 .*is a token role too"),
+        (None, {"pad_token_id": 1440}, "outside the vocabulary of 1440: {'pad': 1440}"),
+        (None, {"box_start_token_id": True}, "outside the vocabulary"),
+        (None, {"text_config": [1]}, "text_config is a list"),
+        (None, {"vision_config": "x"}, "vision_config is a str"),
+        ("text_config", {"num_hidden_layers": 10**9}, "text_config.num_hidden_layers is 1000000000"),
+        ("text_config", {"hidden_size": 0}, "text_config.hidden_size is 0; expected a whole number from 1"),
+        ("text_config", {"hidden_size": 130}, "must give an even head size"),
+        ("text_config", {"num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
+        ("text_config", {"rope_theta": None}, "text_config.rope_theta is None"),
+        ("text_config", {"rms_norm_eps": -1.0}, "text_config.rms_norm_eps is -1.0"),
+        ("text_config", {"eos_token_id": []}, "outside the vocabulary.*'end': \\[\\]"),
+        ("vision_config", {"patch_size": 0}, "vision_config.patch_size is 0"),
+        ("vision_config", {"merge_kernel_size": [2, 0]}, "vision_config.merge_kernel_size is"),
+        ("vision_config", {"num_attention_heads": 0}, "vision_config.num_attention_heads is 0"),
+    ],
+)
+def test_what_is_wrong_in_a_config_is_named(folder, unread, part, change, message):
+    config = copy.deepcopy(CONFIG)
+    (config if part is None else config[part]).update(change)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        Model.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_hidden_layers", "rope_theta"])
+def test_a_tower_is_not_filled_up_with_another_models_numbers(name):
+    config = copy.deepcopy(CONFIG)
+    del config["text_config"][name]
+    with pytest.raises(ValueError, match=rf"text_config.*{name}"):
+        LocateAnythingConfig.from_dict(config)
+
+
+def test_rope_theta_is_read_as_either_transformers_writes_it():
+    config = copy.deepcopy(CONFIG)
+    del config["text_config"]["rope_theta"]
+    config["text_config"]["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
+    text = LocateAnythingConfig.from_dict(config).text_config
+    assert (getattr(text, "rope_parameters", None) or {}).get("rope_theta", getattr(text, "rope_theta", 0)) == 5e5
+
+
+def test_a_cut_off_config_file_is_refused(folder, unread):
+    (folder / "config.json").write_text(json.dumps(CONFIG)[:-9])
+    with pytest.raises(OSError, match="not a valid JSON file"):
+        Model.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------- what the code may do
+
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "open", "input", "breakpoint", "globals"}
+FORBIDDEN_MODULES = {
+    *("subprocess", "importlib", "pickle", "marshal", "shelve", "ctypes", "socket", "shutil", "tempfile", "runpy"),
+    *("multiprocessing", "pty", "code", "codeop", "builtins", "dill", "joblib", "requests", "huggingface_hub"),
+}
+FORBIDDEN_ATTRIBUTES = {
+    *("system", "popen", "spawn", "fork", "execv", "execve", "remove", "unlink", "rename", "rmdir", "mkdir"),
+    *("write_text", "write_bytes", "touch", "chmod", "environ", "getenv", "putenv", "load_library", "torch_load"),
+}
+ALLOWED_OPENS = {'path.open("rb")', "Image.open(file)"}
+
+
+@pytest.mark.parametrize("path", sorted({*remote_code_files(), *[GOLDENS.parent.parent / "loading.py"]}), ids=str)
+def test_remote_code_is_inert(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    wrong = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS:
+            wrong.append(ast.unparse(node))
+        if isinstance(node, ast.Attribute) and node.attr in FORBIDDEN_ATTRIBUTES:
+            wrong.append(ast.unparse(node))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".open"):
+            wrong += {ast.unparse(node).replace("'", '"')} - ALLOWED_OPENS
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "torch.hub.load", "np.load"):
+            wrong.append(ast.unparse(node))
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            wrong += [name for name in names if name.partition(".")[0] in FORBIDDEN_MODULES]
+            if node not in tree.body:
+                wrong.append(f"an import at call time: {ast.unparse(node)}")
+    assert wrong == []
+
+
+WATCHED = """
+import os, sys
+os.environ["HF_HOME"] = sys.argv[3]
+import torch, transformers, PIL.Image, socket
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, Qwen2ForCausalLM
+torch.set_num_threads(1)
+seen = []
+DOES = {"os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "pickle.find_class", "socket.connect",
+        "socket.getaddrinfo", "socket.sendto", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+def watch(event, args):
+    writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if not (event in DOES or writes):
+        return
+    place = os.fspath(args[0]) if args and isinstance(args[0], (str, os.PathLike)) else ""
+    if event.startswith(("os.", "open", "shutil.")) and place.startswith((sys.argv[3], "/dev/null")):
+        return
+    seen.append((event, [str(arg)[:80] for arg in args]))
+sys.addaudithook(watch)
+def closed(*args, **kwargs):
+    raise OSError("the network is closed")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = closed
+folder, image = sys.argv[1:3]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Point to: x."}]}]
+inputs = processor.apply_chat_template([chat], add_generation_prompt=True, tokenize=True, return_dict=True)
+output = model.generate(**inputs, max_new_tokens=8)
+processor.post_process_grounding(output)
+print("SEEN", seen)
+"""
+
+
+def test_loading_and_answering_touch_no_network_process_pickle_or_file(tmp_path):
+    """A process that tells of every connection, process, unpickling, and write outside of the cache."""
+    folder = assemble(OFFICIAL, tmp_path / "drop-in")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    run = subprocess.run(
+        [sys.executable, "-B", "-c", WATCHED, folder, GOLDENS / "shapes" / "images" / "000.png", tmp_path / "cache"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert run.stdout.strip().endswith("SEEN []"), run.stdout + run.stderr
