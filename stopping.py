@@ -15,26 +15,31 @@ from .configuration import TokenRoles
 
 
 class Said(NamedTuple):
-    """A whole box, point or "nothing found" of an answer. start: the place of its first token, its label's if that is
-    said again. label: ids. coordinates: thousandths, as they were said; none for "nothing found"."""
+    """A box, point, "nothing found" or anything else between `<box>` and `</box>`.
+
+    start: the place of its first token, or of its label's if that is said again. label, inside: ids.
+    """
 
     start: int
     label: tuple[int, ...]
-    coordinates: tuple[int, ...]
+    inside: tuple[int, ...]
 
 
 class DegenerateAnswerCriteria(StoppingCriteria):
-    """Ends a row that repeats a box, cycles through boxes, or marches a thin box along an axis.
+    """Ends a row that repeats a box, cycles through boxes, or marches a sliver along an axis.
 
     Made by `model.degenerate_answer_criteria()`. In the drop-in's `generate` the answer keeps what came before the
-    first repetition (of a march, its first box); elsewhere it ends with what is said, and `kept` tells where to cut.
+    first repetition (of a march, its first box); elsewhere it ends with what is said, and `answer_to_keep` tells where
+    to cut. What the row would have said after its repetitions is lost.
 
     Args:
         roles: the checkpoint's token roles.
-        period: cycles of up to so many boxes are looked for; 1 finds only one box repeated at once.
+        period: cycles of up to so many boxes are looked for; 1 finds only one box repeated at once. Boxes are the same
+            if their labels are too; a label said more than `period * times` boxes ago is not known any more.
         times: how often a box or cycle must have been said, 2 or more.
-        march: boxes in a row that make a march: thin, side by side on one axis, all alike but for that; 0 for none.
-        thin: the width of a thin box, in thousandths of the image's side.
+        march: slivers in a row that make a march: they touch or overlap, in equal steps, and are alike on the other
+            axis; 0 for none.
+        thin: how wide a sliver is at most, in thousandths of the image's side.
         prompt_length: tokens that are not the answer, where rows are not asked by the drop-in's `generate`.
 
     Raises:
@@ -46,9 +51,9 @@ class DegenerateAnswerCriteria(StoppingCriteria):
         roles: TokenRoles,
         *,
         period: int = 8,
-        times: int = 2,
-        march: int = 8,
-        thin: int = 20,
+        times: int = 3,
+        march: int = 10,
+        thin: int = 5,
         prompt_length: int = 0,
     ):
         for name, value, least in (
@@ -67,73 +72,73 @@ class DegenerateAnswerCriteria(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """input_ids: `[rows, n]`. Returns `[rows]` bool, True for a row to end."""
-        done = [self.kept(ids[self.prompt_length :]) is not None for ids in input_ids.tolist()]
+        done = [self.answer_to_keep(ids[self.prompt_length :]) is not None for ids in input_ids.tolist()]
         return torch.tensor(done, device=input_ids.device)
 
-    def kept(self, answer: Sequence[int]) -> int | None:
+    def answer_to_keep(self, answer: Sequence[int]) -> int | None:
         """How many tokens of an answer to keep if its last token completes a repetition, else None."""
         if not answer or answer[-1] != self.roles.box_end:
             return None
         said = read_boxes(answer, self.roles, most=max(self.period * self.times, self.march))
         for period in range(1, min(self.period, len(said) // self.times) + 1):
-            last = [(one.label, one.coordinates) for one in said[-period * self.times :]]
+            last = [(one.label, one.inside) for one in said[-period * self.times :]]
             if all(last[i] == last[i - period] for i in range(period, len(last))):
                 return said[len(said) - period * (self.times - 1)].start
         if self.march and len(said) >= self.march and self.marches(said[-self.march :]):
             return said[len(said) - self.march + 1].start
         return None
 
-    def marches(self, boxes: Sequence[Said]) -> bool:
-        """Whether boxes of one label go along x or y in equal steps, each thin there and alike on the other axis."""
-        if any(len(box.coordinates) != 4 or box.label != boxes[0].label for box in boxes):
+    def marches(self, said: Sequence[Said]) -> bool:
+        """Whether slivers of one label go along x or y in equal steps, side by side."""
+        low, high = self.roles.coord_start, self.roles.coord_end
+        if any(len(one.inside) != 4 or one.label != said[0].label for one in said):
+            return False
+        if not all(low <= token <= high for one in said for token in one.inside):
             return False
         for axis in (0, 1):
-            starts = [box.coordinates[axis] for box in boxes]
-            widths = [box.coordinates[axis + 2] - box.coordinates[axis] for box in boxes]
-            across = {(box.coordinates[1 - axis], box.coordinates[3 - axis]) for box in boxes}
-            steps = [after - before for before, after in pairwise(starts)]
-            alike = len(across) == 1 and max(widths) - min(widths) <= 1 and max(steps) - min(steps) <= 1
-            lengths = [*widths, *map(abs, steps)]
-            if alike and min(widths) >= 0 and 0 not in steps and max(lengths) <= self.thin:
+            along = [sorted(one.inside[axis::2]) for one in said]
+            across = [sorted(one.inside[1 - axis :: 2]) for one in said]
+            widths = [stop - start for start, stop in along]
+            steps = [after[0] - before[0] for before, after in pairwise(along)]
+            alike = max(_spread(side) for side in (*zip(*across, strict=True), widths, steps)) <= 1
+            touching = 0 not in steps and max(map(abs, steps)) <= max(*widths, 1)
+            if alike and touching and max(widths) <= self.thin:
                 return True
         return False
 
 
 def read_boxes(answer: Sequence[int], roles: TokenRoles, most: int) -> list[Said]:
-    """The last `most` well-formed boxes, points and "nothing found" of an answer's ids, in order.
+    """The last `most` of what an answer's ids say between `<box>` and `</box>`, in order.
 
-    What lies between two of them, but for a label, parts them: nothing before it is read.
+    Text between boxes is passed over, but for labels: a box has the label before it, () if that is too far away.
     """
-    said: list[Said] = []
-    end = len(answer)
-    while len(said) < most and end > 0 and answer[end - 1] == roles.box_end:
-        start = _opening(answer, end, roles.box_start, least=max(0, end - 6))
-        if start is None:
-            break
-        inside = answer[start + 1 : end - 1]
-        coordinates = tuple(token - roles.coord_start for token in inside)
-        well_formed = len(inside) in (2, 4) and all(0 <= c <= roles.coord_end - roles.coord_start for c in coordinates)
-        if not well_formed and list(inside) != [roles.none]:
-            break
-        begin = start
-        if start and answer[start - 1] == roles.ref_end:
-            opening = _opening(answer, start, roles.ref_start, least=0)
-            begin = start if opening is None else opening
-        said.append(Said(begin, tuple(answer[begin:start]), coordinates if well_formed else ()))
-        end = begin
-    said.reverse()
-    # a box without a label of its own has that of the box before it
-    label: tuple[int, ...] | None = None
-    named = []
-    for one in said:
-        label = one.label or label
-        named.append(one._replace(label=label or ()))
-    return named
+    found: list[Said] = []
+    place, end, label_end = len(answer), None, None
+    unnamed = 0  # boxes found, from the last one back, that wait for their label
+    while place > 0:
+        place -= 1
+        token = answer[place]
+        if token == roles.box_end:
+            if len(found) == most:
+                break
+            end, label_end = place, None
+        elif token == roles.box_start and end is not None:
+            found.append(Said(place, (), tuple(answer[place + 1 : end])))
+            end = None
+        elif token == roles.ref_end:
+            end, label_end = None, place
+        elif token == roles.ref_start and label_end is not None:
+            words = tuple(answer[place + 1 : label_end])
+            found[unnamed:] = [one._replace(label=words) for one in found[unnamed:]]
+            if unnamed < len(found) and answer[label_end + 1] == roles.box_start:
+                found[-1] = found[-1]._replace(start=place)
+            unnamed, label_end = len(found), None
+    found.reverse()
+    return found
 
 
-def _opening(answer: Sequence[int], end: int, token: int, least: int) -> int | None:
-    """Where `token` stands last before `end`, but not before `least`."""
-    return next((place for place in range(end - 1, least - 1, -1) if answer[place] == token), None)
+def _spread(values: Sequence[int]) -> int:
+    return max(values) - min(values)
 
 
 __all__ = ["DegenerateAnswerCriteria", "Said", "read_boxes"]

@@ -25,6 +25,15 @@ A, B, D = box(1, 2, 3, 4), box(5, 6, 7, 8), box(9, 9)
 NONE = "<box>none</box>"
 
 
+def row(count: int, width: int, pitch: int, axis: int = 0, start: int = 100) -> str:
+    """Boxes side by side along an axis, from 40 to 300 on the other."""
+    spans = [(start + pitch * i, start + pitch * i + width) for i in range(count)]
+    return "".join(box(a, 40, b, 300) if axis == 0 else box(40, a, 300, b) for a, b in spans)
+
+
+FIRST = box(100, 40, 105, 300)
+
+
 @pytest.mark.parametrize(
     ("answer", "kept"),
     [
@@ -32,49 +41,56 @@ NONE = "<box>none</box>"
         ("<ref>a</ref>", None),
         (A, None),
         (A + B, None),
-        (A + A, A),
-        (f"<ref>a</ref>{A}{A}", f"<ref>a</ref>{A}"),
-        (f"<ref>a</ref>{A}<ref>a</ref>{A}", f"<ref>a</ref>{A}"),
-        (f"<ref>a</ref>{A}<ref>b</ref>{A}", None),  # one thing may have two names
-        (A + B + A, None),
-        (A + B + A + B, A + B),
-        (A + B + D + A + B + D, A + B + D),
-        (D + A + B + A + B, D + A + B),
-        (f"{A}<ref>a</ref>{NONE}<ref>a</ref>{NONE}", f"{A}<ref>a</ref>{NONE}"),
-        (f"<ref>a</ref>{NONE}<ref>b</ref>{NONE}", None),
-        (f"{A} and {A}", None),  # prose between them: read alone
-        (A + "<box><1><2><3></box>" + A, None),
-        (A + A[: -len("</box>")], None),
-        ("".join(box(x, 100, x + 5, 300) for x in range(0, 40, 5)), box(0, 100, 5, 300)),
-        ("".join(box(10, y, 300, y + 9) for y in range(100, 20, -10)), box(10, 100, 300, 109)),
-        ("".join(box(x, 100, x + 5, 300) for x in range(0, 35, 5)), None),  # seven
-        ("".join(box(x, 100, x + 50, 300) for x in range(0, 400, 50)), None),  # not thin
-        ("".join(box(x, 100, x + 5, 300) for x in range(0, 400, 50)), None),  # apart
-        ("".join(box(x, 100 + x, x + 5, 300) for x in range(0, 40, 5)), None),  # not alike
-        ("".join(box(x * x, 100, x * x + 5, 300) for x in range(8)), None),  # no equal steps
+        (A + A, None),  # once may be a slip, and what follows would be lost
+        (A + A + A, A),
+        (f"<ref>a</ref>{A}{A}{A}", f"<ref>a</ref>{A}"),
+        (f"<ref>a</ref>{A}<ref>a</ref>{A}<ref>a</ref>{A}", f"<ref>a</ref>{A}"),
+        (f"<ref>a</ref>{A}<ref>a</ref>{A}{A}", f"<ref>a</ref>{A}"),
+        (f"<ref>a</ref>{A}<ref>b</ref>{A}<ref>c</ref>{A}", None),  # one thing may have several names
+        (A + B + A + B + A, None),
+        (A + B + A + B + A + B, A + B),
+        ((A + B + D) * 3, A + B + D),
+        (D + (A + B) * 3, D + A + B),
+        (f"{A}{f'<ref>a</ref>{NONE}' * 3}", f"{A}<ref>a</ref>{NONE}"),
+        (f"<ref>a</ref>{NONE}<ref>b</ref>{NONE}<ref>c</ref>{NONE}", None),
+        (f"{A} and {A}, {A}", f"{A} and "),
+        ("<box><1><2><3></box>" * 3, "<box><1><2><3></box>"),
+        (A * 2 + A[: -len("</box>")], None),
+        (row(10, 5, 5), FIRST),
+        (row(10, 5, 4), FIRST),
+        (row(10, 5, -5), FIRST),
+        (row(10, 3, 3, axis=1), box(40, 100, 300, 103)),
+        ("".join(box(x + 5, 300, x, 40) for x in range(100, 150, 5)), box(105, 300, 100, 40)),  # corners the other way
+        ("".join(box(x, 40 + x % 2, x + 5, 300) for x in range(100, 150, 5)), FIRST),
+        (row(9, 5, 5), None),
+        (row(10, 5, 6), None),  # apart
+        (row(40, 18, 20, axis=1), None),  # rows of a table
+        (row(40, 14, 16, axis=1), None),  # lines of a text
+        (row(40, 18, 19), None),  # keys
+        (row(40, 10, 20), None),  # lamps
+        ("".join(box(x, 40 + x, x + 5, 300) for x in range(100, 150, 5)), None),  # not alike
+        ("".join(box(x * x, 40, x * x + 5, 300) for x in range(10)), None),  # no equal steps
+        ("".join(box(x, y) for x in range(0, 100, 4) for y in range(0, 8, 4)), None),
     ],
 )
 def test_what_is_kept(answer, kept):
     criterion = DegenerateAnswerCriteria(ROLES)
     ids = ids_of(answer)
-    assert criterion.kept(ids) == (None if kept is None else len(ids_of(kept)))
+    assert criterion.answer_to_keep(ids) == (None if kept is None else len(ids_of(kept)))
     if ids:
         assert criterion(torch.tensor([ids]), None).tolist() == [kept is not None]
 
 
 def test_numbers_are_arguments():
-    once, cycle = ids_of(A + A), ids_of(A + B + A + B)
-    assert DegenerateAnswerCriteria(ROLES, times=3).kept(once) is None
-    assert DegenerateAnswerCriteria(ROLES, times=3).kept(ids_of(A * 3)) == len(ids_of(A))
-    assert DegenerateAnswerCriteria(ROLES, period=1).kept(cycle) is None
-    thin = ids_of("".join(box(x, 100, x + 5, 300) for x in range(0, 15, 5)))
-    assert DegenerateAnswerCriteria(ROLES, march=3).kept(thin) == len(ids_of(A))
-    assert DegenerateAnswerCriteria(ROLES, march=3, thin=4).kept(thin) is None
-    assert (
-        DegenerateAnswerCriteria(ROLES, march=0).kept(ids_of("".join(box(x, 1, x + 5, 3) for x in range(0, 99, 5))))
-        is None
-    )
-    assert DegenerateAnswerCriteria(ROLES, prompt_length=6)(torch.tensor([once]), None).tolist() == [False]
+    twice, cycle = ids_of(A + A), ids_of((A + B) * 3)
+    assert DegenerateAnswerCriteria(ROLES, times=2).answer_to_keep(twice) == len(ids_of(A))
+    assert DegenerateAnswerCriteria(ROLES, times=4).answer_to_keep(ids_of(A * 3)) is None
+    assert DegenerateAnswerCriteria(ROLES, period=1).answer_to_keep(cycle) is None
+    slivers = ids_of(row(3, 5, 5))
+    assert DegenerateAnswerCriteria(ROLES, march=3).answer_to_keep(slivers) == len(ids_of(A))
+    assert DegenerateAnswerCriteria(ROLES, march=3, thin=4).answer_to_keep(slivers) is None
+    assert DegenerateAnswerCriteria(ROLES, march=0).answer_to_keep(ids_of(row(20, 5, 5))) is None
+    assert DegenerateAnswerCriteria(ROLES, times=2, prompt_length=6)(torch.tensor([twice]), None).tolist() == [False]
 
 
 @pytest.mark.parametrize(
@@ -92,14 +108,56 @@ COORDINATES = range(ROLES.coord_start, ROLES.coord_start + 3)
 
 @given(st.lists(st.sampled_from([*range(12), *MARKS, *COORDINATES]), max_size=40))
 def test_any_ids_are_read(ids):
-    for one in read_boxes(ids, ROLES, most=16):
+    said = read_boxes(ids, ROLES, most=5)
+    assert len(said) <= 5 and [one.start for one in said] == sorted({one.start for one in said})
+    for one in said:
         assert ids[one.start] in (ROLES.box_start, ROLES.ref_start)
-        assert len(one.coordinates) in (0, 2, 4)
-    kept = DegenerateAnswerCriteria(ROLES, march=3).kept(ids)
+        assert ROLES.box_end not in one.inside and ROLES.box_start not in one.inside
+    kept = DegenerateAnswerCriteria(ROLES, times=2, march=3).answer_to_keep(ids)
     assert kept is None or 0 < kept < len(ids)
 
 
 # ---- in generate
+
+
+class Listener:
+    def __init__(self):
+        self.heard = []
+
+    def put(self, tokens):
+        self.heard += tokens.flatten().tolist()
+
+    def end(self):
+        pass
+
+
+def test_an_endless_answer_ends():
+    """Boxes for ever, by a processor: neighbours go on, and the row's slot is free."""
+    case = cases_of("shapes")[0]
+    plain = (c for c in cases_of("shapes") if not {"seed", "repetition_penalty"} & c.keys() and c["num_boxes"] > 1)
+    neighbour = next(c for c in plain if c["case"] != case["case"])
+    batch = Batch("shapes", [{**case, "generation_mode": "slow", "max_new_tokens": 500}, neighbour])
+    endless = ids_of("<ref>red circle</ref>") + ids_of(A) * 100
+
+    class Says:
+        def __call__(self, input_ids, scores):
+            if input_ids[0, : len(case["input_ids"])].tolist() != case["input_ids"]:
+                return scores
+            token = endless[input_ids.shape[1] - len(case["input_ids"])]
+            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
+
+    criterion = batch.model.degenerate_answer_criteria()
+    settings = {name: value for name, value in batch.settings.items() if name in ("generation_mode", "max_new_tokens")}
+    output = batch.model.generate(
+        **batch.inputs, **settings, logits_processor=[Says()], stopping_criteria=[criterion], output_scores=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    new = output.sequences[:, batch.input_ids.shape[1] :]
+    kept = len(ids_of("<ref>red circle</ref>" + A))
+    assert new[0, :kept].tolist() == endless[:kept]
+    assert int(output.row_forwards[0]) == len(ids_of("<ref>red circle</ref>" + A * 3))
+    said = [ids[~scores.isnan()].tolist() for ids, scores in zip(new, output.scores, strict=True)]
+    assert len(said[0]) == kept and said[1] == neighbour["output_ids"]
 
 
 def repeating(mode: str) -> list[dict]:
@@ -112,9 +170,9 @@ def repeating(mode: str) -> list[dict]:
 
 
 def cut(case: dict) -> int | None:
-    criterion = DegenerateAnswerCriteria(model_of("shapes-early").config.token_roles)
+    criterion = DegenerateAnswerCriteria(model_of("shapes-early").config.token_roles, times=2)
     ids = case["output_ids"]
-    kept = (criterion.kept(ids[:end]) for end in range(1, len(ids) + 1))
+    kept = (criterion.answer_to_keep(ids[:end]) for end in range(1, len(ids) + 1))
     return next((length for length in kept if length is not None), None)
 
 
@@ -124,7 +182,7 @@ def test_rows_end_before_their_first_repetition(mode):
     others = [case for case in cases_of("shapes-early") if "seed" not in case and cut(case) is None][:6]
     assert len(cases) >= 3
     batch = Batch("shapes-early", cases + others)
-    criterion = batch.model.degenerate_answer_criteria()
+    criterion = batch.model.degenerate_answer_criteria(times=2)
     output = batch.run(stopping_criteria=[criterion], output_scores=True)
     for row, case in enumerate(batch.cases):
         length = int((~output.scores[row].isnan()).sum())
@@ -139,13 +197,22 @@ def test_rows_end_before_their_first_repetition(mode):
 
 def test_the_stock_call_gives_the_cut_text_and_its_history():
     case = repeating("hybrid")[0]
+    listener = Listener()
     batch, tokenizer = Batch("shapes-early", [case]), tokenizer_of("shapes")
     text, history, statistics = batch.model.generate(
-        **batch.inputs, tokenizer=tokenizer, verbose=True, stopping_criteria=[batch.model.degenerate_answer_criteria()]
+        **batch.inputs,
+        tokenizer=tokenizer,
+        verbose=True,
+        streamer=listener,
+        stopping_criteria=[batch.model.degenerate_answer_criteria(times=2)],
     )
     assert text == tokenizer.decode(case["output_ids"][: cut(case)])
     assert "".join(piece for _, piece in history) == text
+    assert all(piece for _, piece in history)
     assert f"num_tokens={cut(case)};" in statistics
+    # a step that completes a repetition adds nothing; what earlier steps said has been heard
+    heard = case["input_ids"] + case["output_ids"]
+    assert heard[: len(listener.heard)] == listener.heard and len(listener.heard) >= len(case["input_ids"]) + cut(case)
 
 
 def test_transformers_generate_takes_it_too():
@@ -177,5 +244,5 @@ def test_transformers_generate_takes_it_too():
         pad_token_id=0,
     )
     answer = output[0, len(case["input_ids"]) :].tolist()
-    assert answer == start + start[-6:]
-    assert criterion.kept(answer) == len(start)
+    assert answer == start + 2 * start[-6:]
+    assert criterion.answer_to_keep(answer) == len(start)
