@@ -3,6 +3,7 @@
 """What goes wrong with a base, a folder or the hub, as one line that names the argument and never holds a token."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 
@@ -16,7 +17,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-# The client's transports (requests in 0.x, httpx in 1.x and 2.x) share no base class, but these names
+# Whose errors are the hub's; the client's own and those of its transports share no base class
+_CLIENT = {"huggingface_hub", "requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"}
+# Nor do the transports', but these names
 _NETWORK = {"ConnectionError", "ConnectError", "Timeout", "TimeoutException", "NetworkError", "RemoteProtocolError"}
 _LOGIN = "set HF_TOKEN or run `hf auth login`"
 
@@ -48,7 +51,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def hub_errors(argument: str, repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn the hub client's errors into one line each.
+    """Turn the hub client's errors, the network's and the disk's into one line each; any other is a bug, and stays.
 
     Args:
         argument: "base" for what is read, "repo" for what is written.
@@ -63,8 +66,9 @@ def hub_errors(argument: str, repo: str, revision: str | None = None) -> Iterato
         yield
     except HubError:
         raise
-    # The client's errors share no base class across the supported hub versions either
     except Exception as error:
+        if not any(map(_is_the_hubs, _chain(error))):
+            raise
         kind = AssemblyError if argument == "base" else PublishError
         raise kind(_explained(error, argument, repo, revision)) from error
 
@@ -75,6 +79,12 @@ def is_missing(error: BaseException) -> bool:
     chain = _chain(error)
     unseen = any(isinstance(link, RepositoryNotFoundError) or _status(link) == 401 for link in chain)
     return unseen and not _is_unknown_token(error) and not any(isinstance(link, GatedRepoError) for link in chain)
+
+
+def _is_the_hubs(error: BaseException) -> bool:
+    """Whether the hub's client, its transport or the disk raised an error. A proxy's HTML answers are no JSON."""
+    modules = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError | json.JSONDecodeError) or not modules.isdisjoint(_CLIENT)
 
 
 def _explained(error: Exception, argument: str, repo: str, revision: str | None) -> str:

@@ -29,7 +29,7 @@ from hub.assembly import (
     readable_size,
     switch_auto_map,
 )
-from hub.card import CODE_ONLY, OWN, PULL_REQUEST, Origin, model_card
+from hub.card import CODE_ONLY, OWN, PULL_REQUEST, Origin, model_card, pull_request_description
 from hub.errors import HubError, PublishError, hub_errors, is_missing
 
 # What AutoConfig and AutoProcessor read
@@ -50,6 +50,7 @@ class Publication:
 
     kind: OWN, CODE_ONLY or PULL_REQUEST. steps: its files; a weights file without source is still on the hub.
     head: the commit that it goes on top of, None where there is no repository yet. there: what that commit holds.
+    description: what the commit or the pull request says of itself.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Publication:
     oids: dict[str, str]
     head: str | None
     there: dict[str, Any]
+    description: str
 
     @property
     def changes(self) -> list[Step]:
@@ -122,7 +124,9 @@ def plan_repository(
     card = model_card(kind, repo, origin).encode()
     steps = sorted([*steps, Step("card", "README.md", len(card), content=card)], key=lambda step: step.name)
     head, there = target_of(repo, kind)
-    return Publication(kind, repo, origin, steps, oids, head, there)
+    # Not a folder's path, which is nobody's business
+    description = f"From {origin.model_id or 'a folder'}" + (f" at {origin.commit}" if origin.commit else "")
+    return Publication(kind, repo, origin, steps, oids, head, there, description)
 
 
 def plan_pull_request(repo: str, revision: str | None = None) -> Publication:
@@ -151,7 +155,8 @@ def plan_pull_request(repo: str, revision: str | None = None) -> Publication:
             content = switch_auto_map(name, text, only_auto_map=True).encode()
             steps.append(Step("edit", name, len(content), content=content))
     steps.sort(key=lambda step: step.name)
-    return Publication(PULL_REQUEST, repo, _origin(repo, head, base), steps, {}, head, there)
+    description = pull_request_description(repo)
+    return Publication(PULL_REQUEST, repo, _origin(repo, head, base), steps, {}, head, there, description)
 
 
 def print_publication(publication: Publication, *, private: bool = False) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants
 
 from hub.assembly import Step, fetch_checked
-from hub.card import PULL_REQUEST, Origin, pull_request_description
+from hub.card import PULL_REQUEST, Origin
 from hub.errors import HubError, PublishError, first_line, hub_errors
 from hub.planning import Publication, listing, target_of
 
@@ -94,15 +94,13 @@ def _commit(
     publication: Publication, changes: Iterable[Step], *, revision: str | None = None, create_pr: bool = False
 ) -> Any:
     operations = [_operation(step, publication.origin) for step in changes]
-    pull = publication.kind == PULL_REQUEST
-    description = pull_request_description(publication.repo) if pull else f"From {publication.origin.name}"
     with hub_errors("repo", publication.repo):
         try:
             return HfApi().create_commit(
                 publication.repo,
                 operations,
                 commit_message=TITLE,
-                commit_description=description,
+                commit_description=publication.description,
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=publication.head,

@@ -255,7 +255,7 @@ def test_base_that_is_not_there(tmp_path, target, monkeypatch):
         assemble(tmp_path / "absent", target)
 
     def unreachable(*_args, **_kwargs):
-        raise RuntimeError("no route to host\nand more lines")
+        raise OSError("no route to host\nand more lines")
 
     monkeypatch.setattr(hub.assembly, "snapshot_download", unreachable)
     with pytest.raises(

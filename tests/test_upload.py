@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from hub.assembly import WEIGHT_PATTERNS, remote_code_files
-from hub.card import CODE_ONLY, OWN, Origin, loading_lines, model_card, origin_of
-from hub.errors import redacted
+from hub.card import CODE_ONLY, OWN, Origin, loading_lines, model_card, origin_of, pull_request_description
+from hub.errors import PublishError, hub_errors, redacted
 from hub.planning import copies_across
 from hub.publishing import TITLE
 from tests.conftest import CHECKPOINTS, GOLDENS, ROOT, cases_of
@@ -471,6 +471,26 @@ def test_interruption_says_so(monkeypatch, capsys):
 def test_tokens_are_redacted(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret-of-another-shape")
     assert redacted("a hf_abcdefghijkl b secret-of-another-shape") == "a *** b ***"
+
+
+def test_description_takes_the_records_with_a_speedup(tmp_path):
+    record = {"machine": "M", "dtype": "bfloat16", "transformers": "5", "date": "D", "workload": "long", "rows": 8}
+    measured = {**record, "new_tokens": 64, "rows_per_second": 1.0, "stock_speedup": 2.0}
+    lines = [measured, {"benchmark": "modes", "machine": "M"}, {**measured, "stock_speedup": None, "machine": "alone"}]
+    (tmp_path / "README.md").write_text("# T\n\nIntro.\n", encoding="utf-8")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "RESULTS.md").write_text("", encoding="utf-8")
+    (tmp_path / "benchmarks" / "results.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    described = pull_request_description("a/b", tmp_path)
+    assert "| M, bfloat16, transformers 5, D | long, 64 new tokens | 8 | 1.000 | 2.00 × |" in described
+    assert described.count("new tokens") == 1
+
+
+def test_only_the_hubs_errors_are_the_hubs():
+    with pytest.raises(KeyError), hub_errors("repo", "a/b"):
+        raise KeyError("dtype")
+    with pytest.raises(PublishError, match="a/b: the hub did not give it: disk full"), hub_errors("repo", "a/b"):
+        raise OSError("disk full")
 
 
 def test_card_of_a_base_without_one():
