@@ -323,6 +323,9 @@ def main(argv: list[str] | None = None) -> int:
         "model": locator.name,
         "task": args.task,
         "generation_mode": args.mode,
+        "verify_labels": args.verify_labels,
+        "threshold": args.threshold,
+        "keep_repetitions": args.keep_repetitions,
         "images": [_as_json(picture) for picture in pictures],
         "errors": errors,
     }

@@ -776,7 +776,8 @@ def _sizes(target_sizes: Any, rows: int) -> list[tuple[float, float]]:
 
 
 def _check_threshold(threshold: Any, scores: Any) -> None:
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+    number = isinstance(threshold, (int, float, np.floating)) and not isinstance(threshold, bool)
+    if not number or not 0 <= threshold <= 1:
         raise ValueError(f"threshold: got {threshold!r}; expected a number from 0 to 1.")
     if not is_array(scores):
         raise ValueError(

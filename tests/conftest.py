@@ -24,9 +24,25 @@ sys.path.insert(0, str(ROOT))  # the scripts, imported as a user of a clone woul
 torch.set_num_threads(1)  # the models are tiny, and the tests run side by side
 
 
+# A seed gives other draws in other builds of torch (2.6 for CUDA, say); recorded samples are then no reference.
+RECORDED_DRAWS = [32, 12, 9]
+
+
+@functools.lru_cache
+def draws_as_recorded() -> bool:
+    p = torch.rand(3, 50, generator=torch.Generator().manual_seed(1))
+    return torch.multinomial(p, 1, generator=torch.Generator().manual_seed(3)).flatten().tolist() == RECORDED_DRAWS
+
+
+@functools.lru_cache
+def recorded_cases(name: str) -> list[dict]:
+    return [json.loads(line) for line in (GOLDENS / name / "cases.jsonl").read_text().splitlines()]
+
+
 @functools.lru_cache
 def cases_of(name: str) -> list[dict]:
-    return [json.loads(line) for line in (GOLDENS / name / "cases.jsonl").read_text().splitlines()]
+    """The recorded runs; without the sampled ones where this torch draws other numbers than the recording one."""
+    return [case for case in recorded_cases(name) if "seed" not in case or draws_as_recorded()]
 
 
 @functools.lru_cache

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
 from transformers.utils import ModelOutput
 
-from tests.conftest import Batch, cases_of, pixels_of, tokenizer_of
+from tests.conftest import Batch, cases_of, draws_as_recorded, pixels_of, recorded_cases, tokenizer_of
 
 
 def greedy(mode: str, count: int, **wanted) -> list[dict]:
@@ -167,6 +167,7 @@ def sampled(**recipe) -> dict:
     return next(case for case in cases_of("shapes") if all(case.get(key) == value for key, value in recipe.items()))
 
 
+@pytest.mark.skipif(not draws_as_recorded(), reason="this torch draws other numbers than the recording one")
 @pytest.mark.parametrize("recipe", [{"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_k": 50}])
 def test_sampling_settings_by_argument_and_by_config(recipe):
     case = sampled(**recipe)
@@ -193,7 +194,8 @@ def test_do_sample_alone_samples_at_temperature_one(lone):
 
 
 def test_num_return_sequences_repeats_rows():
-    cases = [case for case in cases_of("shapes") if case.get("temperature") == 1.3 and len(case["images"]) == 2][:2]
+    found = [case for case in recorded_cases("shapes") if case.get("temperature") == 1.3 and len(case["images"]) == 2]
+    cases = found[:2]
     batch = Batch("shapes", cases)
     seeds = [1, 2, 3, 4]
     output = batch.model.generate(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from locateanything.grounding import geometric_mean, parse_places
 from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
@@ -147,7 +149,7 @@ def test_a_threshold_leaves_out_what_scores_lower(golden):
     output = batch.run(output_scores=True)
     everything = processor.post_process_grounding(output)
     half = sorted(score for row in everything for score in row["scores"].tolist())
-    threshold = half[len(half) // 2]
+    threshold = np.float32(half[len(half) // 2])
     for row, kept in zip(everything, processor.post_process_grounding(output, threshold=threshold), strict=True):
         high = row["scores"] >= threshold
         assert torch.equal(kept["boxes"], row["boxes"][high]) and torch.equal(kept["scores"], row["scores"][high])
@@ -164,7 +166,9 @@ def test_a_threshold_is_a_share(threshold):
 
 def test_a_threshold_needs_scores():
     batch = Batch("shapes", cases_of("shapes")[:2])
-    for outputs in (["<box><1><2></box>"], batch.run()):
+    transformers_own = GenerateDecoderOnlyOutput(sequences=batch.input_ids, scores=(torch.zeros(2, 9),))
+    assert len(processor_of("shapes").post_process_grounding(transformers_own)) == 2
+    for outputs in (["<box><1><2></box>"], batch.run(), transformers_own):
         with pytest.raises(ValueError, match=r"outputs without scores.*output_scores=True"):
             processor_of("shapes").post_process_grounding(outputs, threshold=0.5)
 
