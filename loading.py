@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from .configuration import LocateAnythingConfig
 
@@ -61,7 +62,7 @@ class CheckedLoading:
         folder = Path(given) / (kwargs.get("subfolder") or "")
         if folder.is_dir():
             config = kwargs.get("config")
-            if not isinstance(config, LocateAnythingConfig):
+            if not isinstance(config, PretrainedConfig):  # a path; 5.x may hand over a class that was loaded twice
                 config = LocateAnythingConfig.from_pretrained(config or folder)
             check_tokenizer(folder, config)
             stored = read_shapes(folder, kwargs.get("variant"))
