@@ -485,7 +485,7 @@ def test_generate_answers_or_refuses_by_name(name, junk):
     try:
         output = model_of("shapes").generate(**inputs, max_new_tokens=1)
     except ValueError as error:
-        assert any(word in str(error) for word in (name, "row 0", "image 0", "input_ids", "images")), error
+        assert any(word in str(error) for word in (name, "row 0", "image", "input_ids")), error
     else:
         assert output.dtype == torch.long and output.dim() == 2
 
