@@ -333,8 +333,8 @@ def _tensors_of(values: Any, name: str) -> list[torch.Tensor]:
 def _require_patches(pixels: torch.Tensor, side: int) -> None:
     if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side) or not pixels.is_floating_point():
         raise ValueError(
-            f"pixel_values are {pixels.dtype} {list(pixels.shape)}; expected floating point "
-            f"[patches, 3, {side}, {side}]."
+            f"pixel_values are {pixels.dtype} {list(pixels.shape)}; "
+            f"expected [patches, 3, {side}, {side}], floating point."
         )
 
 
