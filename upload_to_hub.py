@@ -6,16 +6,20 @@
 """
 
 import argparse
+import difflib
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_token
+
 from hub.assembly import assemble, check_target, plan, preview_base, print_plan, remote_code_files
-from hub.card import CODE_ONLY, OWN, loading_lines
-from hub.errors import AssemblyError, HubError, first_line
-from hub.planning import Publication, plan_pull_request, plan_repository, print_publication
-from hub.publishing import publish
+from hub.card import CODE_ONLY, OWN, PULL_REQUEST, loading_lines
+from hub.errors import AssemblyError, HubError, PublishError, first_line
+from hub.planning import Publication, plan_pull_request, plan_repository, print_publication, warnings_of
+from hub.publishing import publish, with_open_pull
 from hub.verifying import IMAGE, QUESTION, print_verification, verify
 
 __all__ = ["AssemblyError", "assemble", "main", "remote_code_files"]
@@ -33,23 +37,40 @@ def main(argv: list[str] | None = None) -> int:
         The exit code.
     """
     given = sys.argv[1:] if argv is None else argv
-    if given and given[0] not in (*COMMANDS, "-h", "--help"):
+    if given and given[0].startswith("-") and given[0] not in ("-h", "--help"):
         given = ["assemble", *given]
-    args = _parser().parse_args(given)
     try:
+        _check_command(given)
+        args = _parser().parse_args(given)
+        _check_texts(args)
         return int(args.run(args))
     except (HubError, OSError) as error:
         print(f"upload_to_hub.py: {first_line(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("upload_to_hub.py: interrupted; nothing was published. The same command goes on.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        state = str(interrupt) or "nothing was published. The same command goes on"
+        print(f"upload_to_hub.py: interrupted; {state}.", file=sys.stderr)
         return 130
+
+
+def _check_command(given: list[str]) -> None:
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise PublishError(f"command: got {given[0]!r}, expected one of {', '.join(COMMANDS)}{meant}")
+
+
+def _check_texts(args: argparse.Namespace) -> None:
+    """An empty text is a variable that was not set, and no way to say "the default"."""
+    for name in ("repo", "base", "revision", "local_dir"):
+        if getattr(args, name, None) == "":
+            raise PublishError(f"{name}: got an empty text, expected one, or no {name} at all")
 
 
 def _assemble(args: argparse.Namespace) -> int:
     if args.dry_run:
         target = check_target(args.base, args.local_dir, args.overwrite)
-        base = preview_base(args.base, args.revision)
+        base = preview_base(args.base, args.revision, local=Path(args.base).expanduser().is_dir())
         print_plan(plan(base, args.weights), base, target)
         return 0
     target = assemble(
@@ -63,7 +84,7 @@ def _assemble(args: argparse.Namespace) -> int:
 def _repository(args: argparse.Namespace) -> int:
     kind = OWN if args.command == "repo" else CODE_ONLY
     upload = kind == OWN and args.upload
-    publication = plan_repository(args.base, args.repo, args.revision, kind=kind, upload=upload)
+    publication = plan_repository(args.base, args.repo, args.revision, kind=kind, upload=upload, private=args.private)
     return _publish(publication, args)
 
 
@@ -74,15 +95,20 @@ def _pull_request(args: argparse.Namespace) -> int:
 def _publish(publication: Publication, args: argparse.Namespace) -> int:
     private = getattr(args, "private", False)
     if args.dry_run:
+        if publication.kind == PULL_REQUEST and get_token():
+            publication = with_open_pull(publication)
         print_publication(publication, private=private)
         return 0
+    for line in warnings_of(publication):
+        print(line)
     published = publish(publication, private=private)
-    print(f"{'Published' if published.made else 'Already there, and up to date:'} {published.url}")
+    print(f"{published.outcome} {published.url}")
     print("It loads with")
-    for line in loading_lines(publication.kind, args.repo, publication.origin.name, published.revision):
+    for line in loading_lines(publication.kind, args.repo, publication.origin, published.revision):
         print(f"    {line}")
     revision = f" --revision {published.revision}" if published.revision else ""
-    print(f"To check it: python upload_to_hub.py verify {args.repo}{revision}")
+    base = f" --base {shlex.quote(publication.origin.name)}" if publication.origin.commit is None else ""
+    print(f"To check it: python upload_to_hub.py verify {args.repo}{revision}{base}")
     return 0
 
 
@@ -196,7 +222,11 @@ def _command(
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dry-run", action="store_true", help="print files, sizes and operations, and do nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print files, sizes and operations; of a hub id, only weights and code are not downloaded",
+    )
     parser.set_defaults(run=run)
     return parser
 

@@ -9,8 +9,8 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path
+from fnmatch import fnmatch, fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
@@ -37,7 +37,11 @@ AUTO_MAPS: dict[str, dict[str, str]] = {
     "processor_config.json": _PROCESSOR_MAP,
 }
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
-SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
+# What a training run leaves beside its model: folders and files that nobody loads
+LEFTOVERS = (
+    *("checkpoint-*", "global_step*", "runs", "wandb", "__pycache__", "events.out.tfevents*"),
+    *("optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "training_args.*", "trainer_state.json"),
+)
 LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -84,7 +88,8 @@ def remote_code_files() -> list[Path]:
 
 def is_drop_in(config: dict[str, Any]) -> bool:
     """Whether a checkpoint's config.json names this project's code (in its own repository or in another)."""
-    return str((config.get("auto_map") or {}).get("AutoModel")).split("--")[-1] == _MODEL
+    named = config.get("auto_map")
+    return isinstance(named, dict) and str(named.get("AutoModel")).split("--")[-1] == _MODEL
 
 
 def fetch_base(base: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Path:
@@ -106,9 +111,14 @@ def fetch_base(base: str | os.PathLike[str], revision: str | None = None, *, wei
         if revision is not None:
             raise AssemblyError(f"revision: got {revision!r} with the folder {base}, expected it only with a hub id")
         return folder.resolve()
+    return fetch_snapshot(str(base), revision, weights=weights)
+
+
+def fetch_snapshot(repo: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """`fetch_base` of what is known to be a hub id: a folder of the same name is not looked at."""
     ignored = ["*.py"] if weights else ["*.py", *WEIGHT_PATTERNS]
-    with hub_errors("base", str(base), revision):
-        return Path(snapshot_download(str(base), revision=revision, ignore_patterns=ignored))
+    with hub_errors("base", repo, revision):
+        return Path(snapshot_download(repo, revision=revision, ignore_patterns=ignored))
 
 
 def fetch_checked(base: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -127,7 +137,7 @@ def fetch_checked(base: str | os.PathLike[str], revision: str | None = None) -> 
     folder = fetch_base(base, revision, weights=False)
     check_data_files(open_base(folder))
     # A snapshot is named by its commit, which stays although the branch may move meanwhile
-    return folder if Path(base).expanduser().is_dir() else fetch_base(base, folder.name)
+    return folder if Path(base).expanduser().is_dir() else fetch_snapshot(str(base), folder.name)
 
 
 def assemble(
@@ -181,15 +191,28 @@ def assemble(
 
 
 def open_base(folder: Path) -> Base:
-    """List the files of a checkpoint that a folder built on it keeps: all but Python code and tools' own folders."""
+    """List the files of a checkpoint that a folder built on it keeps: those of `is_kept`."""
     sizes: dict[str, int] = {}
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
+        folders[:] = sorted(name for name in folders if is_kept(name))
         for path in sorted(Path(parent, name) for name in names):
             # A link to nowhere is a missing file
-            if path.suffix != ".py" and path.is_file():
+            if is_kept(path.name) and path.is_file():
                 sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     return Base(folder, sizes)
+
+
+def is_kept(name: str) -> bool:
+    """Whether a base's file goes along: neither code nor hidden (tokens, settings of tools) nor left by a training."""
+    parts = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") and part != ".gitattributes" for part in parts)
+    left = any(fnmatchcase(part, pattern) for part in parts for pattern in LEFTOVERS)
+    return not (hidden or left or is_code(name))
+
+
+def is_code(name: str) -> bool:
+    """Whether a file's name is that of Python code, which transformers may run wherever it lies."""
+    return PurePosixPath(name).suffix == ".py"
 
 
 def plan(base: Base, weights: str = "link", code_repo: str | None = None) -> list[Step]:
@@ -214,7 +237,7 @@ def plan(base: Base, weights: str = "link", code_repo: str | None = None) -> lis
     for name, size in base.sizes.items():
         source = base.folder / name
         if name in AUTO_MAPS or name == "tokenizer_config.json":
-            content = switch_auto_map(name, source.read_text(encoding="utf-8"), code_repo).encode()
+            content = switch_auto_map(name, source.read_bytes().decode(), code_repo).encode()
             steps.append(Step("edit", name, len(content), content=content))
         else:
             steps.append(Step(weights if is_weights(name) else "copy", name, size, source))
@@ -248,10 +271,11 @@ def switch_auto_map(name: str, text: str, code_repo: str | None = None, *, only_
     where = f"{code_repo}--" if code_repo else ""
     ours = {file: {key: where + value for key, value in maps.items()} for file, maps in AUTO_MAPS.items()}
     if name == "tokenizer_config.json":
-        if "auto_map" not in data:
+        named = data.get("auto_map")
+        if named is None:
             return text
         known = {key: value for maps in ours.values() for key, value in maps.items()}
-        return _replaced(text, "auto_map", {key: known[key] for key in data["auto_map"] if key in known})
+        return _replaced(text, "auto_map", {key: known[key] for key in named if key in known})
     text = _replaced(text, "auto_map", ours[name])
     if name == "config.json" and not only_auto_map:
         text = _replaced(text, "architectures", [_MODEL.split(".")[-1]])
@@ -265,13 +289,14 @@ def switch_auto_map(name: str, text: str, code_repo: str | None = None, *, only_
 def _replaced(text: str, key: str, value: Any) -> str:
     """A JSON object's text with the value of one top-level key replaced, or the key added in front."""
     decoder = json.JSONDecoder()
-    shown = json.dumps(value, indent=2, ensure_ascii=text.isascii()).replace("\n", "\n  ")
+    end_of_line = "\r\n" if "\r\n" in text else "\n"
+    shown = json.dumps(value, indent=2, ensure_ascii=text.isascii()).replace("\n", f"{end_of_line}  ")
     start = position = text.index("{") + 1
     while True:
         position = _past(text, position, ", \t\r\n")
         if text[position] == "}":
-            comma = "," if json.loads(text) else "\n"
-            return f"{text[:start]}\n  {json.dumps(key)}: {shown}{comma}{text[start:]}"
+            comma = "," if json.loads(text) else end_of_line
+            return f"{text[:start]}{end_of_line}  {json.dumps(key)}: {shown}{comma}{text[start:]}"
         found, position = decoder.raw_decode(text, position)
         position = _past(text, position, ": \t\r\n")
         _, end = decoder.raw_decode(text, position)
@@ -342,7 +367,10 @@ def _check_weights(base: Base) -> None:
     if "model.safetensors" in base.sizes:
         needed = {"model.safetensors"}
     elif index.name in base.sizes:
-        needed = set(read_json(index).get("weight_map", {}).values())
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()) or not named:
+            raise AssemblyError(f"base: {index} has no weight_map of tensors to files")
+        needed = set(named.values())
     else:
         raise AssemblyError(f"base: {base.folder} lacks its weights: model.safetensors or {index.name}")
     if missing := sorted(needed - set(base.sizes)):
@@ -376,13 +404,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def preview_base(base: str, revision: str | None) -> Base:
-    """As much of a base as a dry run needs: of a hub id the weights' names and sizes, not the weights."""
-    preview = open_base(fetch_base(base, revision, weights=False))
-    if not Path(base).expanduser().is_dir():
-        with hub_errors("base", str(base), revision):
-            files = HfApi().model_info(base, revision=preview.folder.name, files_metadata=True).siblings or []
-        preview.sizes.update({file.rfilename: file.size or 0 for file in files if is_weights(file.rfilename)})
+def preview_base(base: str, revision: str | None, *, local: bool) -> Base:
+    """As much of a base as a plan needs: of a hub id (not `local`) the weights' names and sizes, not the weights."""
+    if local:
+        return open_base(fetch_base(base, revision))
+    preview = open_base(fetch_snapshot(base, revision, weights=False))
+    with hub_errors("base", base, revision):
+        files = HfApi().model_info(base, revision=preview.folder.name, files_metadata=True).siblings or []
+    weights = {file.rfilename: file.size or 0 for file in files if is_weights(file.rfilename)}
+    preview.sizes.update({name: size for name, size in weights.items() if is_kept(name)})
     return preview
 
 

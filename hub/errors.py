@@ -50,18 +50,20 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def hub_errors(argument: str, repo: str, revision: str | None = None) -> Iterator[None]:
+def hub_errors(argument: str, repo: str, revision: str | None = None, *, at_commit: bool = False) -> Iterator[None]:
     """Turn the hub client's errors, the network's and the disk's into one line each; any other is a bug, and stays.
 
     Args:
         argument: "base" for what is read, "repo" for what is written.
         repo: its value.
         revision: the revision that is asked for.
+        at_commit: an answer that does not come may be one to a commit that was made.
 
     Raises:
         AssemblyError: with the argument "base".
         PublishError: with any other.
     """
+    _check_token()
     try:
         yield
     except HubError:
@@ -70,7 +72,7 @@ def hub_errors(argument: str, repo: str, revision: str | None = None) -> Iterato
         if not any(map(_is_the_hubs, _chain(error))):
             raise
         kind = AssemblyError if argument == "base" else PublishError
-        raise kind(_explained(error, argument, repo, revision)) from error
+        raise kind(_explained(error, argument, repo, revision, at_commit)) from error
 
 
 def is_missing(error: BaseException) -> bool:
@@ -87,18 +89,29 @@ def _is_the_hubs(error: BaseException) -> bool:
     return isinstance(error, OSError | json.JSONDecodeError) or not modules.isdisjoint(_CLIENT)
 
 
-def _explained(error: Exception, argument: str, repo: str, revision: str | None) -> str:
+def _check_token() -> None:
+    # The client puts it into a header, whose error message would be about a codec
+    if not (get_token() or "").isascii():
+        raise PublishError(f"token: it holds other characters than a token does; {_LOGIN}")
+
+
+def _explained(error: Exception, argument: str, repo: str, revision: str | None, at_commit: bool) -> str:
     chain = _chain(error)
     status = next((status for status in map(_status, chain) if status is not None), None)
 
     def is_any(*kinds: type) -> bool:
         return any(isinstance(link, kinds) for link in chain)
 
+    reason = redacted(next((message for message in map(_server_message, chain) if message), ""))
+    again = "run the command again to go on"
+    if at_commit:
+        again = "the commit may have been made: run the command again, it will tell"
     folder_or_not = f"{repo} is no folder, and the hub" if argument == "base" else f"{repo}: the hub"
     if is_any(LocalTokenNotFoundError):
         return f"token: none was found; {_LOGIN}"
     if _is_unknown_token(error):
-        return f"token: the hub does not know it (HTTP 401); {_LOGIN}"
+        expired = any("expired" in _server_message(link) for link in chain)
+        return f"token: {'it has expired' if expired else 'the hub does not know it'} (HTTP 401); {_LOGIN}"
     if is_any(GatedRepoError):
         return f"{argument}: {repo} is gated; accept its terms on its page, then {_LOGIN}"
     if is_missing(error) or is_any(HFValidationError):
@@ -109,15 +122,21 @@ def _explained(error: Exception, argument: str, repo: str, revision: str | None)
     if is_any(OfflineModeIsEnabled):
         return f"{argument}: {folder_or_not} is switched off by HF_HUB_OFFLINE"
     if status == 403:
-        reason = next((message for message in map(_server_message, chain) if message), "HTTP 403")
-        return f"{argument}: {repo} refuses this token: {redacted(reason)}"
+        return f"{argument}: {repo} refuses this token: {reason or 'HTTP 403'}"
     if status in (409, 412):
         return f"{argument}: {repo} was changed by somebody else meanwhile; run the command again"
     if status is not None and status >= 500:
-        return f"{argument}: {folder_or_not} failed (HTTP {status}); run the command again to go on"
+        return f"{argument}: {folder_or_not} failed (HTTP {status}); {again}"
     if any(_NETWORK & {kind.__name__ for kind in type(link).__mro__} for link in chain):
         cause = first_line(chain[-1])
-        return f"{argument}: {folder_or_not} at {constants.ENDPOINT} cannot be reached or broke off: {cause}"
+        broken = f"{argument}: {folder_or_not} at {constants.ENDPOINT} cannot be reached or broke off: {cause}"
+        return f"{broken}; {again}" if at_commit else broken
+    if any(isinstance(link, json.JSONDecodeError) for link in chain):
+        return (
+            f"{argument}: {folder_or_not} at {constants.ENDPOINT} answered something else than a hub does; is it one?"
+        )
+    if status is not None and reason:
+        return f"{argument}: {folder_or_not} refuses (HTTP {status}): {reason}"
     return f"{argument}: {folder_or_not} did not give it: {first_line(error)}"
 
 
@@ -136,9 +155,12 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_unknown_token(error: BaseException) -> bool:
-    return any(_status(link) == 401 and "credentials" in _server_message(link) for link in _chain(error))
+    said = [_server_message(link) for link in _chain(error) if _status(link) == 401]
+    return any(word in message for message in said for word in ("credentials", "expired"))
 
 
 def _server_message(error: BaseException) -> str:
+    """The hub's reason for an answer, on one line."""
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    return str(headers.get("X-Error-Message", ""))
+    said = headers.get("X-Error-Message") or getattr(error, "server_message", None) or ""
+    return " ".join(str(said).split())

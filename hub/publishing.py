@@ -9,13 +9,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    DiscussionComment,
+    HfApi,
+    constants,
+)
 
-from hub.assembly import Step, fetch_checked
+from hub.assembly import Step, fetch_snapshot
 from hub.card import PULL_REQUEST, Origin
 from hub.errors import HubError, PublishError, first_line, hub_errors
 from hub.planning import Publication, listing, target_of
 
+PUBLISHED, UPDATED, UNCHANGED = "Published", "Updated", "Already there, and up to date:"
 TITLE = "Batched generate for any number of rows, on transformers 4.57 and 5.x"
 
 
@@ -23,12 +31,13 @@ TITLE = "Batched generate for any number of rows, on transformers 4.57 and 5.x"
 class Published:
     """What came of it.
 
-    url: of the commit or the pull request. revision: where it is, None for main. made: False if it was there already.
+    url: of the commit or the pull request. revision: where it is, None for main.
+    outcome: PUBLISHED, UPDATED (a pull request that was open) or UNCHANGED.
     """
 
     url: str
     revision: str | None
-    made: bool
+    outcome: str
 
 
 def publish(publication: Publication, *, private: bool = False, say: Callable[[str], None] = print) -> Published:
@@ -46,10 +55,10 @@ def publish(publication: Publication, *, private: bool = False, say: Callable[[s
         PublishError: the hub refuses or cannot be reached. No revision has changed; the next run goes on.
     """
     api, repo = HfApi(), publication.repo
-    with hub_errors("repo", repo):
-        user = api.whoami()["name"]
     if publication.kind == PULL_REQUEST:
-        return _open_pull_request(publication, user)
+        return _open_pull_request(with_open_pull(publication))
+    with hub_errors("repo", repo):
+        api.whoami()
     if publication.head is None:
         with hub_errors("repo", repo):
             api.create_repo(repo, private=private, exist_ok=True)
@@ -57,47 +66,85 @@ def publish(publication: Publication, *, private: bool = False, say: Callable[[s
         publication = replace(publication, head=head, there=there)
     changes = publication.changes
     if not changes:
-        return Published(f"{constants.ENDPOINT}/{repo}", None, made=False)
+        return Published(f"{constants.ENDPOINT}/{repo}", None, UNCHANGED)
     try:
         commit = _commit(publication, _on_disk(publication, changes))
     except _CannotCopy as error:
         say(f"The hub does not copy the weights ({error}); they are downloaded and uploaded instead.")
         changes = [replace(step, action="upload") if step.action == "copy" else step for step in changes]
         commit = _commit(publication, _on_disk(publication, changes))
-    return Published(str(commit.commit_url), None, made=True)
+    return Published(str(commit.commit_url), None, PUBLISHED)
 
 
 class _CannotCopy(HubError):
     """The hub does not copy large files between these repositories."""
 
 
-def _open_pull_request(publication: Publication, user: str) -> Published:
-    """Open it, or bring up to date the one that this user opened before."""
+def with_open_pull(publication: Publication) -> Publication:
+    """A pull request's plan, on top of the one that this user has open, if there is one.
+
+    Args:
+        publication: the plan of a new one.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PublishError: there is no token, or the hub cannot be reached.
+    """
     api, repo = HfApi(), publication.repo
+    with hub_errors("repo", repo):
+        user = api.whoami()["name"]
+        mine = api.get_repo_discussions(repo, author=user, discussion_type="pull_request", discussion_status="open")
+        found = next((pull.num for pull in mine if pull.title == TITLE), None)
+        if found is None:
+            return publication
+        head, there = listing(repo, f"refs/pr/{found}")
+    return replace(publication, head=head, there=there, pull=found)
+
+
+def _open_pull_request(publication: Publication) -> Published:
+    """Open it, or bring the one that is open up to date."""
+    repo, number = publication.repo, publication.pull
+    if number is not None:
+        revision, outcome = f"refs/pr/{number}", UNCHANGED
+        if publication.changes:
+            _commit(publication, publication.changes, revision=revision)
+            outcome = UPDATED
+        if _describe(publication, number):
+            outcome = UPDATED
+        return Published(f"{constants.ENDPOINT}/{repo}/discussions/{number}", revision, outcome)
     if not publication.changes:
         raise PublishError(f"repo: {repo} holds this code already, so there is nothing to ask for")
+    commit = _commit(publication, publication.changes, create_pr=True)
+    return Published(str(commit.pr_url), str(commit.pr_revision), PUBLISHED)
+
+
+def _describe(publication: Publication, number: int) -> bool:
+    """Bring an open pull request's description, which is its first comment, up to date."""
+    api, repo = HfApi(), publication.repo
     with hub_errors("repo", repo):
-        mine = api.get_repo_discussions(repo, author=user, discussion_type="pull_request", discussion_status="open")
-        found = next((pull for pull in mine if pull.title == TITLE), None)
-        if found is not None:
-            revision = f"refs/pr/{found.num}"
-            head, there = listing(repo, revision)
-            publication = replace(publication, head=head, there=there)
-            if publication.changes:
-                _commit(publication, publication.changes, revision=revision)
-            return Published(f"{constants.ENDPOINT}/{repo}/discussions/{found.num}", revision, made=False)
-        commit = _commit(publication, publication.changes, create_pr=True)
-    return Published(str(commit.pr_url), str(commit.pr_revision), made=True)
+        events = api.get_discussion_details(repo, number).events
+        first = next((event for event in events if isinstance(event, DiscussionComment)), None)
+        if first is None or first.content.strip() == publication.description.strip():
+            return False
+        api.edit_discussion_comment(repo, number, first.id, publication.description)
+    return True
 
 
 def _commit(
     publication: Publication, changes: Iterable[Step], *, revision: str | None = None, create_pr: bool = False
 ) -> Any:
+    api, repo = HfApi(), publication.repo
     operations = [_operation(step, publication.origin) for step in changes]
-    with hub_errors("repo", publication.repo):
+    additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+    # Apart from the commit, so that what fails here is known to have published nothing
+    with hub_errors("repo", repo):
+        api.preupload_lfs_files(repo, additions, revision=revision, create_pr=create_pr, free_memory=False)
+    with hub_errors("repo", repo, at_commit=True):
         try:
-            return HfApi().create_commit(
-                publication.repo,
+            return api.create_commit(
+                repo,
                 operations,
                 commit_message=TITLE,
                 commit_description=publication.description,
@@ -105,6 +152,10 @@ def _commit(
                 create_pr=create_pr,
                 parent_commit=publication.head,
             )
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(
+                "the commit may have been made. The same command tells, and goes on"
+            ) from interrupt
         except Exception as error:
             if _is_about_copying(error):
                 raise _CannotCopy(first_line(error)) from error
@@ -126,7 +177,7 @@ def _on_disk(publication: Publication, changes: list[Step]) -> list[Step]:
     missing = {step.name for step in changes if step.action == "upload" and step.source is None}
     if not missing:
         return changes
-    folder = fetch_checked(publication.origin.name, publication.origin.commit)
+    folder = fetch_snapshot(publication.origin.name, publication.origin.commit)
     return [replace(step, source=folder / step.name) if step.name in missing else step for step in changes]
 
 

@@ -9,6 +9,7 @@ that is offline, so that nothing but them can be loaded, answers with them and w
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,16 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from hub.assembly import PROJECT, assemble, readable_size, remote_code_files
-from hub.card import CODE_ONLY, OWN, origin_of
+from hub.assembly import PROJECT, Step, assemble, is_code, is_drop_in, read_json, readable_size, remote_code_files
+from hub.card import CODE_ONLY, OWN, PULL_REQUEST, origin_of
 from hub.errors import PublishError, hub_errors, redacted
-from hub.planning import Publication, listing, plan_pull_request, plan_repository
+from hub.planning import Publication, card_of, listing, oid_of, plan_pull_request, plan_repository
 
+# Of the environment of the process that loads: tokens, and places that would be used instead of the empty cache
+UNSET = (
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_MODULES_CACHE"),
+    *("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE"),
+)
 PROBE = Path(__file__).with_name("probe.py")
 IMAGE = PROJECT / "demo" / "images" / "065.png"
 QUESTION = "Locate all the instances that matches the following description: orange square</c>yellow triangle."
@@ -65,10 +71,11 @@ def verify(
         raise PublishError(f"image: {image} is no file")
     expected = _expected(repo, revision, base)
     lines = [f"{repo} at {expected.head}, {expected.kind}, made of {expected.origin.name}"]
-    wrong = expected.changes
+    wrong = [*expected.changes, *_surplus(expected)]
     lines += [f"{'too much' if step.action == 'delete' else 'differs'}: {step.name}" for step in wrong]
+    lines += [f"not compared: {name}" for name in expected.others]
     lines.append(f"{len(expected.steps)} files compared, {len(wrong)} differ")
-    if any(step.action in ("code", "edit") for step in wrong):
+    if any(step.action in ("code", "edit") or is_code(step.name) for step in wrong):
         # Foreign code is not run, not even to see what it answers
         return Verdict(False, [*lines, "Its code is not this project's as it stands here, so it was not loaded."])
     with tempfile.TemporaryDirectory(prefix="locateanything-verify-") as folder:
@@ -87,7 +94,9 @@ def print_verification(repo: str, revision: str | None = None, base: str | None 
         size = sum(files.values())
         where = (revision or "main") if name == repo else expected.origin.commit
         print(f"download {readable_size(size)} ({len(files)} files) of {name} at {where} to an empty cache")
-    print("Then load it offline and compare an answer. Nothing was downloaded.")
+    print(
+        "Then load it offline and compare an answer. Only configs and tokenizer were downloaded, to the hub's cache."
+    )
 
 
 def _expected(repo: str, revision: str | None, base: str | None) -> Publication:
@@ -95,19 +104,39 @@ def _expected(repo: str, revision: str | None, base: str | None) -> Publication:
     with hub_errors("repo", repo, revision):
         head, there = listing(repo, revision)
     if (revision or "").startswith("refs/pr/"):
-        return replace(plan_pull_request(repo), head=head, there=there)
+        plan = plan_pull_request(repo)
+        planned = {step.name for step in plan.steps}
+        # What it leaves alone is what main holds
+        left = {name: file for name, file in plan.there.items() if name not in planned}
+        steps = [*plan.steps, *(Step("keep", name, file.size) for name, file in left.items())]
+        oids = {name: oid_of(file) for name, file in left.items()}
+        return replace(plan, steps=steps, oids=oids, head=head, there=there)
     if "config.json" not in there:
         raise PublishError(f"repo: {repo} at {revision or 'main'} holds no config.json, so it was not published whole")
     with hub_errors("repo", repo, revision):
-        config = json.loads(Path(hf_hub_download(repo, "config.json", revision=head)).read_text(encoding="utf-8"))
-        has_card = "README.md" in there
-        card = Path(hf_hub_download(repo, "README.md", revision=head)).read_text(encoding="utf-8") if has_card else ""
-    kind = CODE_ONLY if "--" in str(config.get("auto_map")) else OWN
-    named = origin_of(card)
+        config = read_json(Path(hf_hub_download(repo, "config.json", revision=head)))
+    if not is_drop_in(config):
+        raise PublishError(
+            f"repo: {repo} at {revision or 'main'} is none of this project's: config.json names other code"
+        )
+    kind = CODE_ONLY if "--" in str(config["auto_map"]) else OWN
+    named = origin_of(card_of(repo, head)) if "README.md" in there else None
     if base is None and named is None:
         raise PublishError(f"base: the card of {repo} names none, so --base must say what it was made of")
-    name, commit = (base, None) if base is not None else named  # type: ignore[misc]
-    return replace(plan_repository(str(name), repo, commit, kind=kind), head=head, there=there)
+    if base is not None:
+        plan = plan_repository(base, repo, kind=kind)
+    else:
+        name, commit, asked = named  # type: ignore[misc]
+        plan = plan_repository(name, repo, asked, kind=kind, commit=commit)
+    return replace(plan, head=head, there=there)
+
+
+def _surplus(expected: Publication) -> list[Step]:
+    """What a pull request holds beyond main and this code."""
+    if expected.kind != PULL_REQUEST:
+        return []
+    names = sorted(set(expected.there) - {step.name for step in expected.steps})
+    return [Step("delete", name, expected.there[name].size) for name in names]
 
 
 def _downloads(expected: Publication) -> dict[str, dict[str, int]]:
@@ -119,6 +148,13 @@ def _downloads(expected: Publication) -> dict[str, dict[str, int]]:
         base = expected.origin.files
         downloads[expected.origin.name] = {name: size for name, size in base.items() if not name.endswith(".py")}
     return downloads
+
+
+def reason_of(stderr: str) -> str:
+    """The line of a process's errors that says why it ended: the last one that names an error, or the last."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(?:Error|Exception|Exit|Interrupt)\b", line)]
+    return (named or lines or ["no message"])[-1].strip()
 
 
 def _answers(expected: Publication, revision: str | None, folder: Path, image: Path, question: str) -> tuple[Any, Any]:
@@ -145,8 +181,7 @@ def _answers(expected: Publication, revision: str | None, folder: Path, image: P
         "question": question,
     }
     # Offline and without a token: what is not in the cache cannot be loaded
-    unset = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_MODULES_CACHE")
-    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    environment = {key: value for key, value in os.environ.items() if key not in UNSET}
     environment.update(HF_HOME=str(folder), HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")
     # By its text, so that no folder of this project is on the path
     done = subprocess.run(
@@ -158,7 +193,6 @@ def _answers(expected: Publication, revision: str | None, folder: Path, image: P
         check=False,
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise PublishError(f"repo: {expected.repo} does not load offline: {redacted(last)}")
+        raise PublishError(f"repo: {expected.repo} does not load offline: {redacted(reason_of(done.stderr))}")
     answers = json.loads(done.stdout.splitlines()[-1])
     return answers["published"], answers["local"]

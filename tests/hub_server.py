@@ -180,11 +180,12 @@ class Handler(BaseHTTPRequestHandler):
                     break
             else:
                 return
+        breaks = fault.action == "cut" or callable(fault.action)
+        if breaks and self.command in ("POST", "PUT"):  # a body that never comes would be waited for
+            self.rfile.read1(1000)
         if callable(fault.action):
-            self.rfile.read1(1000)
             fault.action()
-        if fault.action == "cut" or callable(fault.action):
-            self.rfile.read1(1000)
+        if breaks:
             self.close_connection = True
             self.connection.close()
             raise ConnectionResetError
@@ -391,7 +392,10 @@ class Handler(BaseHTTPRequestHandler):
             rev, url = f"refs/pr/{number}", f"{self.hub.url}/{repo}/discussions/{number}"
             number_of = {"title": header["summary"], "num": number, "author": {"name": self.user}, "status": "open"}
             about = {"createdAt": "2026-11-23T00:00:00.000Z", "repo": {"name": repo, "type": "model"}}
-            found.pulls.append({**number_of, **about, "isPullRequest": True})
+            said = {"edited": False, "hidden": False, "latest": {"raw": header["description"]}}
+            comment = {"id": f"c{number}", "type": "comment", "createdAt": about["createdAt"], "data": said}
+            more = {"isPullRequest": True, "changes": {"base": "refs/heads/main"}, "filesWithConflicts": False}
+            found.pulls.append({**number_of, **about, **more, "events": [{**comment, "author": {"name": self.user}}]})
         oid = found.commit(rev, files, header["summary"], header["description"])
         link = f"{self.hub.url}/{repo}/commit/{oid}"
         raise Answer(200, {"success": True, "commitOid": oid, "commitUrl": link, "pullRequestUrl": url})
@@ -403,6 +407,16 @@ class Handler(BaseHTTPRequestHandler):
         if "status" in self.query:
             pulls = [pull for pull in pulls if pull["status"] == self.query["status"]]
         raise Answer(200, {"count": len(pulls), "start": 0, "discussions": pulls})
+
+    def discussion(self, repo: str, number: str, **_: object) -> None:
+        raise Answer(200, self._repo(repo).pulls[int(number) - 1])
+
+    def edit_comment(self, repo: str, number: str, body: bytes) -> None:
+        pull = self._repo(repo).pulls[int(number) - 1]
+        if pull["author"]["name"] != self.user:
+            raise Answer(403, {"error": "not yours"}, message="not yours")
+        pull["events"][0]["data"].update(edited=True, latest={"raw": json.loads(body)["content"]})
+        raise Answer(200, {"updatedComment": pull["events"][0]})
 
 
 REPO, REV = Handler.REPO, Handler.REV
@@ -416,6 +430,8 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", rf"/api/models/{REPO}/paths-info/{REV}", Handler.paths_info),
     ("GET", rf"/api/models/{REPO}/refs", Handler.references),
     ("GET", rf"/api/models/{REPO}/discussions", Handler.discussions),
+    ("GET", rf"/api/models/{REPO}/discussions/(?P<number>\d+)", Handler.discussion),
+    ("POST", rf"/api/models/{REPO}/discussions/(?P<number>\d+)/comment/\w+/edit", Handler.edit_comment),
     ("POST", rf"/api/models/{REPO}/preupload/{REV}", Handler.preupload),
     ("POST", rf"/api/models/{REPO}/lfs-files/duplicate", Handler.copy),
     ("POST", rf"/api/models/{REPO}/commit/{REV}", Handler.commit),

@@ -169,6 +169,36 @@ def test_tokenizer_config_without_code_is_kept_byte_for_byte(base, target):
     assert (target / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
 
 
+@pytest.mark.parametrize("named", ["null", "[]"])
+def test_tokenizer_config_that_names_nothing(base, target, named):
+    (base / "tokenizer_config.json").write_text(f'{{"auto_map": {named}}}', encoding="utf-8")
+    assemble(base, target)
+    assert not read(target / "tokenizer_config.json")["auto_map"]
+
+
+def test_line_ends_stay(base, target):
+    for name in ("config.json", "tokenizer_config.json"):
+        (base / name).write_bytes((base / name).read_bytes().replace(b"\n", b"\r\n"))
+    (base / "processor_config.json").write_bytes(b'{\r\n  "a": 1\r\n}\r\n')
+    assemble(base, target)
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        data = (target / name).read_bytes()
+        assert data.count(b"\n") == data.count(b"\r\n") > 3
+
+
+def test_hidden_files_and_leftovers_of_a_training_stay_behind(base, target):
+    left = [".env", ".DS_Store", ".huggingface/token", "assets/.hidden", "checkpoint-500/model.safetensors", "runs/x"]
+    left += ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json"]
+    left += ["custom_generate/generate.py"]
+    (base / ".git" / "config").unlink()
+    (base / ".git").rmdir()
+    for name in [*left, ".gitattributes", ".git"]:
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text("gitdir: x", encoding="utf-8")
+    assemble(base, target)
+    assert not listing(target) & {*left, ".git"} and ".gitattributes" in listing(target)
+
+
 def test_every_class_that_auto_map_names_exists(base, target):
     assemble(base, target)
     for file in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
@@ -240,6 +270,7 @@ def test_missing_file_is_named_and_nothing_is_written(base, target, removed, nam
         ("config.json", '{"model_type": "qwen2"}', "model_type 'qwen2', expected 'locateanything'"),
         ("config.json", "{", r"config\.json is not JSON"),
         ("processor_config.json", "[]", r"processor_config\.json holds a JSON list"),
+        ("model.safetensors.index.json", '{"weight_map": []}', "has no weight_map of tensors to files"),
         (SHARDS[0], "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
     ],
 )

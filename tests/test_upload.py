@@ -10,16 +10,32 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 
-from hub.assembly import WEIGHT_PATTERNS, remote_code_files
-from hub.card import CODE_ONLY, OWN, Origin, loading_lines, model_card, origin_of, pull_request_description
-from hub.errors import PublishError, hub_errors, redacted
-from hub.planning import copies_across
+from hub import publishing
+from hub.assembly import WEIGHT_PATTERNS, Step, remote_code_files
+from hub.card import (
+    CODE_ONLY,
+    OWN,
+    PULL_REQUEST,
+    Origin,
+    is_as_made,
+    loading_lines,
+    model_card,
+    origin_of,
+    pull_request_description,
+)
+from hub.errors import AssemblyError, PublishError, hub_errors, redacted
+from hub.planning import Publication, copies_across, plan_pull_request, plan_repository
 from hub.publishing import TITLE
+from hub.verifying import reason_of
 from tests.conftest import CHECKPOINTS, GOLDENS, ROOT, cases_of
 from tests.hub_server import READER, WRITER, Hub, Repo, git_oid, sha256
 
@@ -71,12 +87,16 @@ class Script:
             [sys.executable, *arguments], cwd=self.home, env=environment, text=True, encoding="utf-8", **pipes
         )
 
-    def __call__(self, *arguments: str, token: str = WRITER, code: int = 0) -> str:
-        """What a command line prints: to stdout, or the one line of its error if it is to fail."""
+    def run(self, *arguments: str, token: str = WRITER) -> dict[str, Any]:
+        """A command line's code, out and err."""
         assert self._shell.stdin is not None and self._shell.stdout is not None
         print(json.dumps({"arguments": arguments, "token": token}), file=self._shell.stdin, flush=True)
         line = self._shell.stdout.readline()
-        done = json.loads(line or json.dumps({"code": "crash", "err": self._shell.communicate()[1]}))
+        return json.loads(line or json.dumps({"code": "crash", "err": self._shell.communicate()[1]}))
+
+    def __call__(self, *arguments: str, token: str = WRITER, code: int = 0) -> str:
+        """What a command line prints: to stdout, or the one line of its error if it is to fail."""
+        done = self.run(*arguments, token=token)
         assert done["code"] == code, done
         self.stderr = done["err"]
         if code == 0:
@@ -97,6 +117,9 @@ def checkpoint() -> dict[str, bytes]:
     config = json.loads(files["config.json"])
     config["vision_config"]["auto_map"] = {"AutoModel": "moonshotai/absent--modeling_moonvit.Absent"}
     files["config.json"] = json.dumps(config, indent=2).encode()
+    tokenizer = json.loads(files["tokenizer_config.json"])
+    tokenizer["auto_map"] = {"AutoProcessor": "processing_locateanything.LocateAnythingProcessor"}
+    files["tokenizer_config.json"] = json.dumps(tokenizer, indent=2).encode()
     files |= dict.fromkeys(STOCK, b"raise SystemExit('stock code was run')\n")
     return files | {"LICENSE": b"NVIDIA's", "NOTICE": b"notice", "README.md": CARD.encode(), "assets/a.png": b"png"}
 
@@ -175,7 +198,7 @@ def test_cards_carry_the_weights_licence(hub, published):
         expected |= {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "base_model": BASE}
         assert metadata(card) == expected
         assert "`LICENSE`, `NOTICE`" in card.decode()
-        assert origin_of(card.decode()) == (BASE, commit)
+        assert origin_of(card.decode()) == (BASE, commit, None) and is_as_made(card.decode())
         assert ("# The base's card" in card.decode()) == (name == OWN_REPO)
 
 
@@ -208,7 +231,15 @@ def test_pull_request_changes_code_and_auto_maps_only(hub, script, published):
     assert (ref, title) == ("refs/pr/1", TITLE)
     intro = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")[1].split("\n")[0]
     record = json.loads((ROOT / "benchmarks" / "results.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    for part in (intro, "## What it does", "refs/pr/N", f"{record['stock_speedup']:.2f} ×", record["machine"]):
+    assert "network of a million parameters" in description and "`patch.apply()` on the real" not in description
+    for part in (
+        intro,
+        "## What it does",
+        "## Which mode",
+        "refs/pr/N",
+        f"{record['stock_speedup']:.2f} ×",
+        record["machine"],
+    ):
         assert part in description
     assert f"{hub.url}/{BASE}/discussions/1" in published["pr"]
     assert f'AutoModel.from_pretrained("{BASE}", revision="refs/pr/1", trust_remote_code=True' in published["pr"]
@@ -217,8 +248,13 @@ def test_pull_request_changes_code_and_auto_maps_only(hub, script, published):
     assert "Already there" in script("pr", BASE, token=READER)
     assert len(repo.messages) == 2
     repo.commit("refs/pr/1", {**after, "vision.py": b"stale"})
-    assert "refs/pr/1" in script("pr", BASE, token=READER)
+    comment = repo.pulls[0]["events"][0]["data"]
+    comment["latest"]["raw"] = "stale"
+    assert "refs/pr/1, which is open" in script("pr", BASE, "--dry-run", token=READER)
+    said = script("pr", BASE, token=READER)
+    assert said.startswith(f"Updated {hub.url}") and "refs/pr/1" in said
     assert len(repo.pulls) == 1 and repo.files("refs/pr/1") == after
+    assert comment["latest"]["raw"] == description
 
 
 def test_published_again_changes_nothing_and_stale_code_goes(hub, script, published):
@@ -226,10 +262,30 @@ def test_published_again_changes_nothing_and_stale_code_goes(hub, script, publis
     assert "Already there" in script("repo", OWN_REPO, "--base", BASE)
     assert len(repo.messages) == 2
     whole = repo.files()
-    repo.commit("main", {**whole, "retired.py": b"", "vision.py": b"stale", "mine.txt": b"kept"})
-    assert "delete" in script("repo", OWN_REPO, "--base", BASE, "--dry-run")
-    script("repo", OWN_REPO, "--base", BASE)
+    gone = ["retired.py", "custom_generate/generate.py", *SHARDS, "model.safetensors.index.json", "chat_template.json"]
+    changed = {"vision.py": b"stale", "mine.txt": b"kept", "README.md": whole["README.md"] + b"My notes.\n"}
+    repo.commit("main", {**whole, **dict.fromkeys(gone, b"old"), **changed})
+    expected = [f"deletes {name}, which" for name in gone]
+    expected += ["leaves mine.txt, which", "replaces README.md, which was written or edited"]
+    for said in (script("repo", OWN_REPO, "--base", BASE, "--dry-run"), script("repo", OWN_REPO, "--base", BASE)):
+        assert all(part in said for part in expected), said
     assert repo.files() == {**whole, "mine.txt": b"kept"}
+    assert "leaves mine.txt" in script("repo", OWN_REPO, "--base", BASE)
+    repo.commit("main", whole)
+
+
+def listed(**files: bytes) -> dict[str, Any]:
+    return {name: SimpleNamespace(size=len(data), blob_id=git_oid(data), lfs=None) for name, data in files.items()}
+
+
+def test_what_the_former_base_brought_goes_with_it():
+    there = listed(kept=b"base", gone=b"base", edited=b"mine", added=b"mine")
+    steps = [Step("upload", "kept", 4, content=b"base")]
+    former = dict.fromkeys(("kept", "gone", "edited"), git_oid(b"base"))
+    plan = Publication(OWN, "a/b", Origin(BASE, "c0ffee", None, {}, ""), steps, {}, "head", there, "", former)
+    assert [(step.action, step.name) for step in plan.changes] == [("delete", "gone")]
+    assert plan.others == ["added", "edited"]
+    assert replace(plan, kind=PULL_REQUEST).changes == replace(plan, kind=PULL_REQUEST).others == []
 
 
 LOADER = """
@@ -291,16 +347,57 @@ def test_verify_does_not_run_what_differs(hub, script, published):
     for name in (OWN_REPO, CODE_REPO):
         assert "compare" in script("verify", name, "--dry-run")
     files = hub.repos[OWN_REPO].files()
-    hub.repos[OWN_REPO].commit("main", {**files, "vision.py": b"raise SystemExit", "other.py": b""})
-    try:
-        done = script.start(str(ROOT / "upload_to_hub.py"), "verify", OWN_REPO)
-        out, _ = done.communicate()
-        assert done.returncode == 1
-        assert "differs: vision.py" in out and "too much: other.py" in out and "not loaded" in out
-    finally:
-        hub.repos[OWN_REPO].commit("main", files)
+    odd = {
+        "vision.py": b"raise SystemExit",
+        "custom_generate/generate.py": b"",
+        "old.safetensors": b"",
+        "mine.txt": b"",
+    }
+    hub.repos[OWN_REPO].commit("main", {**files, **odd})
+    done = script.run("verify", OWN_REPO)
+    hub.repos[OWN_REPO].commit("main", files)
+    named = ["differs: vision.py", "too much: custom_generate/generate.py", "too much: old.safetensors"]
+    assert done["code"] == 1
+    assert all(part in done["out"] for part in [*named, "not compared: mine.txt", "not loaded"]), done
     hub.add("ada/half", {"README.md": b"claims nothing"})
     assert "not published whole" in script("verify", "ada/half", code=1)
+    assert "none of this project's" in script("verify", BASE, code=1)
+
+
+def test_verify_compares_what_a_pull_request_leaves_alone_with_main(hub, script, published):
+    repo = hub.repos[BASE]
+    files = repo.files("refs/pr/1")
+    odd = {"model.safetensors": b"others", "LICENSE": b"mine", "odd.txt": b"", "x.py": b""}
+    repo.commit("refs/pr/1", {name: data for name, data in (files | odd).items() if name != "NOTICE"})
+    done = script.run("verify", BASE, "--revision", "refs/pr/1")
+    repo.commit("refs/pr/1", files)
+    named = [f"differs: {name}" for name in ("model.safetensors", "LICENSE", "NOTICE")]
+    assert done["code"] == 1
+    assert all(part in done["out"] for part in [*named, "too much: odd.txt", "too much: x.py", "not loaded"]), done
+
+
+def test_code_for_a_revision_names_it(hub, script):
+    commit = hub.repos[BASE].refs["main"]
+    said = script("code", "ada/pinned", "--base", BASE, "--revision", commit)
+    line = f'from_pretrained("{BASE}", config=config, revision="{commit}", trust_remote_code=True, dtype="auto")'
+    repo = hub.repos["ada/pinned"]
+    card = repo.files()["README.md"].decode()
+    assert line in said and line in card and origin_of(card) == (BASE, commit, commit)
+    repo.commit("main", {**repo.files(), "odd.py": b""})
+    assert "README.md" not in script.run("verify", "ada/pinned")["out"]
+
+
+def test_folders_with_the_names_of_hub_ids_are_not_looked_at(hub, script, published):
+    folders = [script.home / name for name in (BASE, OWN_REPO)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    try:
+        assert "open" in script("pr", BASE, "--dry-run", token=READER)
+        assert "Already there" in script("code", CODE_REPO, "--base", BASE)
+        assert "compare" in script("verify", OWN_REPO, "--dry-run")
+    finally:
+        for folder in folders:
+            folder.rmdir()
 
 
 @pytest.mark.parametrize(
@@ -316,7 +413,7 @@ def test_dry_run_prints_and_writes_nothing(hub, script, arguments, named):
     since = len(hub.requests)
     said = script(*arguments, "--dry-run", token="")
     assert all(part in said for part in named), said
-    assert said.splitlines()[-1].endswith("Nothing was written.")
+    assert said.endswith("Nothing was published.\n")
     assert writes(hub, since) == [] and "ada/dry" not in hub.repos
     assert not any(r.endswith(name) for r in hub.requests[since:] for name in (*SHARDS, "model.safetensors"))
 
@@ -369,7 +466,7 @@ def test_cut_connection_is_tried_again(hub, script):
     [
         (r"/commit/", 500, "HTTP 500"),
         (r"/commit/", 412, "changed by somebody else"),
-        (r"/commit/", "cut", "cannot be reached or broke off"),
+        (r"/commit/", "cut", "the commit may have been made: run the command again"),
         (r"/preupload/", 403, "refuses this token: broken"),
     ],
 )
@@ -394,8 +491,12 @@ def test_hub_that_does_not_copy_gets_an_upload(hub, script):
 
 
 def test_folder_as_base_private_repository(hub, script):
-    script("repo", "ada/folder", "--base", str(CHECKPOINTS["shapes"]), "--private")
+    said = script("repo", "ada/folder", "--base", str(CHECKPOINTS["shapes"]), "--private")
+    assert f"verify ada/folder --base {CHECKPOINTS['shapes']}" in said
     repo = hub.repos["ada/folder"]
+    assert not any(
+        str(CHECKPOINTS["shapes"]) in text for text in (*repo.messages[-1], repo.files()["README.md"].decode())
+    )
     assert repo.private and repo.files()["model.safetensors"] == hub.repos[BASE].files()["model.safetensors"]
     assert "license" not in metadata(repo.files()["README.md"])
     assert "names none" in script("verify", "ada/folder", code=1)
@@ -412,6 +513,15 @@ def test_folder_as_base_private_repository(hub, script):
         (("repo", "eve/x", "--base", BASE), WRITER, "repo: eve/x refuses this token"),
         (("pr", "nobody/nothing"), WRITER, "repo: nobody/nothing is no hub repository you can read"),
         (("pr", "nothing"), WRITER, "repo: got 'nothing', expected USER/NAME"),
+        (("pr", "ada/a b"), WRITER, "repo: got 'ada/a b', expected USER/NAME"),
+        (("repo", "ada/x--y", "--base", BASE), WRITER, "repo: got 'ada/x--y', expected USER/NAME"),
+        (("pr", "ada/weightless"), WRITER, "repo: ada/weightless lacks weights"),
+        (("pr", "ada/generates"), WRITER, "repo: ada/generates holds custom_generate/generate.py"),
+        (("repo", "ada/weights", "--base", BASE, "--private"), WRITER, "private: ada/weights is there and public"),
+        (("publish", "ada/x"), WRITER, "command: got 'publish', expected one of assemble, repo, code, pr, verify"),
+        (("repo", "ada/x", "--base", ""), WRITER, "base: got an empty text"),
+        (("verify", "ada/x", "--revision", ""), WRITER, "revision: got an empty text"),
+        (("pr", BASE), "hf_töken", "token: it holds other characters than a token does"),
         (("verify", "nobody/nothing"), "", "repo: nobody/nothing is no hub repository"),
         (("repo", "ada/x", "--base", "nobody/nothing"), WRITER, "base: nobody/nothing is neither a folder nor"),
         (("repo", "ada/x", "--base", "no such base"), WRITER, "base: no such base is neither a folder nor"),
@@ -432,6 +542,9 @@ def test_refusals_are_one_line(hub, script, arguments, token, message):
     if "org/gated" not in hub.repos:
         hub.add("org/gated", checkpoint(), gated=True)
         hub.add("ada/bert", {"config.json": b'{"model_type": "bert"}'})
+        weightless = {name: data for name, data in checkpoint().items() if name != "model.safetensors"}
+        hub.add("ada/weightless", weightless)
+        hub.add("ada/generates", {**checkpoint(), "custom_generate/generate.py": b""})
         hub.add("ada/notes", {"notes.txt": b"mine"})
         hub.add("ada/weights", {"config.json": b'{"model_type": "locateanything"}', "model.safetensors": b"w"})
     state = {name: dict(repo.refs) for name, repo in hub.repos.items()}
@@ -446,6 +559,11 @@ def test_no_network_is_one_line(tmp_path):
     for arguments in (("repo", "ada/x", "--base", BASE), ("pr", BASE), ("verify", BASE)):
         assert f"at {endpoint} cannot be reached" in script(*arguments, code=1)
     script.close()
+
+
+def test_cut_while_reading_is_one_line(hub, script):
+    hub.fail("GET", rf"/api/models/{BASE}", "cut", times=9)
+    assert "cannot be reached or broke off" in script("pr", BASE, "--dry-run", code=1)
 
 
 def test_help_shows_examples(script):
@@ -466,6 +584,87 @@ def test_interruption_says_so(monkeypatch, capsys):
     assert (
         capsys.readouterr().err == "upload_to_hub.py: interrupted; nothing was published. The same command goes on.\n"
     )
+
+
+def test_interruption_while_the_commit_is_sent_does_not_say_nothing(monkeypatch, capsys):
+    import upload_to_hub
+
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    plan = Publication(OWN, "a/b", Origin(BASE, "c0ffee", None, {}, ""), [], {}, "head", {}, "")
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(HfApi, "create_commit", interrupt)
+    monkeypatch.setattr(upload_to_hub, "plan_pull_request", lambda _repo: publishing._commit(plan, []))
+    assert upload_to_hub.main(["pr", BASE]) == 130
+    assert "the commit may have been made. The same command tells" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "message"),
+    [
+        (401, 'User Access Token "x" is expired', "token: it has expired (HTTP 401); set HF_TOKEN"),
+        (
+            400,
+            '"license" must be one of\n[mit]',
+            'repo: a/b: the hub refuses (HTTP 400): "license" must be one of [mit]',
+        ),
+        (429, "Slow down", "repo: a/b: the hub refuses (HTTP 429): Slow down"),
+    ],
+)
+def test_the_hubs_reason_is_given(status, reason, message):
+    error = OSError("a long text")
+    error.response = SimpleNamespace(status_code=status, headers={"X-Error-Message": reason})
+    with pytest.raises(PublishError) as caught, hub_errors("repo", "a/b"):
+        raise error
+    assert str(caught.value).startswith(message)
+
+
+def test_html_is_no_answer_of_a_hub():
+    with pytest.raises(PublishError, match="answered something else than a hub does"), hub_errors("repo", "a/b"):
+        json.loads("<html>")
+
+
+def test_a_hub_that_says_nothing_is_left(monkeypatch):
+    def info(*_args, timeout=None, **_kwargs):
+        raise TimeoutError(f"timed out after {timeout}")
+
+    monkeypatch.setattr(HfApi, "model_info", info)
+    with pytest.raises(PublishError, match=r"timed out after 30\.0"):
+        plan_pull_request("a/b")
+
+
+def test_the_line_of_an_error_that_says_why():
+    stderr = "Traceback (most recent call last):\n  File x\nValueError: why\n\nhint: none\nFetching 1 file\n"
+    assert reason_of(stderr) == "ValueError: why"
+    assert reason_of("killed\n") == "killed" and reason_of("") == "no message"
+
+
+def test_licences_are_known_by_whole_words_at_the_top():
+    legal = ["LICENSE", "LICENSE [v1].md", "Licence-Weights.txt", "THIRD_PARTY_NOTICES.txt", "COPYING"]
+    others = ["license.safetensors", "unlicensed.txt", "x/LICENSE", "LICENSE-CODE", "license.py", "noticed.json"]
+    origin = Origin(BASE, "c0ffee", None, dict.fromkeys(legal + others, 1), "")
+    assert origin.legal_files == sorted(legal)
+
+
+def test_a_base_is_named_at_the_top_of_a_card_only():
+    inner = model_card(OWN, "ada/first", Origin(BASE, "c0ffee", None, {}, ""))
+    outer = model_card(OWN, "ada/second", Origin("/a/folder", None, None, {}, inner))
+    assert origin_of(inner) == (BASE, "c0ffee", None) and BASE in outer and origin_of(outer) is None
+    assert is_as_made(outer) and not is_as_made(outer + "x") and not is_as_made(outer.replace("second", "third"))
+
+
+@pytest.mark.parametrize(
+    ("card", "message"), [(b"---\na: [b\n: c\n---\n", "README.md is not YAML"), (b"\xff\xfe", "not UTF-8")]
+)
+def test_a_card_that_cannot_be_read_is_one_line(tmp_path, card, message):
+    for path in CHECKPOINTS["shapes"].iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "README.md").unlink(missing_ok=True)
+    (tmp_path / "README.md").write_bytes(card)
+    with pytest.raises(AssemblyError, match=message) as caught:
+        plan_repository(str(tmp_path), "ada/x")
+    assert "\n" not in str(caught.value)
 
 
 def test_tokens_are_redacted(monkeypatch):
@@ -494,14 +693,15 @@ def test_only_the_hubs_errors_are_the_hubs():
 
 
 def test_card_of_a_base_without_one():
-    origin = Origin("/some/folder", None, {"config.json": 1}, "")
+    origin = Origin("/some/folder", None, None, {"config.json": 1}, "")
     card = model_card(OWN, "ada/own", origin)
     assert metadata(card.encode()) == {"pipeline_tag": "image-text-to-text", "library_name": "transformers"}
     assert origin_of(card) is None
 
 
 def test_code_at_a_revision_is_loaded_at_that_revision():
-    config, model, processor = loading_lines(CODE_ONLY, "ada/code", BASE, "refs/pr/2")
+    origin = Origin(BASE, "c0ffee", None, {}, "")
+    config, model, processor = loading_lines(CODE_ONLY, "ada/code", origin, "refs/pr/2")
     assert 'revision="refs/pr/2", trust' in config and 'code_revision="refs/pr/2", trust' in model
     assert BASE in model and 'revision="refs/pr/2"' in processor
 
