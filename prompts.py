@@ -90,7 +90,8 @@ def left_padded(inputs: Any) -> Any:
         raise ValueError(f"left_padded() got a {type(inputs).__name__}; expected the processor's output whole.")
     missing = [name for name in ("input_ids", "attention_mask") if inputs.get(name) is None]
     if missing:
-        raise ValueError(f"left_padded() got no {' and no '.join(missing)}; its inputs have {', '.join(inputs)}.")
+        named = ", ".join(inputs) or "no entries"
+        raise ValueError(f"left_padded() got no {' and no '.join(missing)}; its inputs have {named}.")
     try:
         input_ids, attention_mask = torch.as_tensor(inputs["input_ids"]), torch.as_tensor(inputs["attention_mask"])
     except (TypeError, ValueError) as error:

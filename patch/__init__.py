@@ -27,6 +27,8 @@ from types import MethodType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -46,7 +48,8 @@ _instances: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _classes: weakref.WeakSet[type] = weakref.WeakSet()
 _engines: weakref.WeakKeyDictionary[torch.nn.Module, Engine] = weakref.WeakKeyDictionary()
 _sources: list[str] = []  # of apply() without a model: the code's folder or hub id, while it holds
-_subclass_hook: Any = _ABSENT
+_subclass_hook: Any = _ABSENT  # PreTrainedModel's own, while ours stands before it
+_our_hook: Any = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def apply(target: torch.nn.Module | type | None = None, *, source: str | os.Path
         target: a model (or peft's or torch.compile's wrapper of one), its class, or None for every LocateAnything
             class, also those whose module is imported only later. Applying twice is applying once; another `source`
             takes the place of the first.
-        source: where the engine's code is: a folder (this clone, a hub snapshot) or a hub id.
+        source: where the engine's code is: a folder (this clone, a hub snapshot; `~` is the home) or a hub id.
 
     Returns:
         `target`.
@@ -75,18 +78,24 @@ def apply(target: torch.nn.Module | type | None = None, *, source: str | os.Path
         TypeError: something that is not LocateAnything, or this project's own model, which needs no patch.
         OSError: `source` does not hold the code.
     """
-    source = os.fspath(source)
+    source = _place(source)
     if target is None:
         _apply_everywhere(source)
         return None
-    owner = target if isinstance(target, type) else unwrapped(target)
-    _check(owner if isinstance(owner, type) else type(owner), target)
-    _put(owner, _generate_of(source))
+    _put(_owner_of(target), _generate_of(source))
     return target
 
 
 def revert(target: torch.nn.Module | type | None = None) -> None:
-    """Takes back what `apply` with the same target did; None takes back everything. Nothing applied is no error."""
+    """Takes back what `apply` with the same target did.
+
+    Args:
+        target: as of `apply`. None takes back everything but what nobody knows of: a deep copy of a patched model that
+            has not generated yet, which is taken back as a target of its own.
+
+    Raises:
+        TypeError: something that is not LocateAnything. That nothing was applied is no error.
+    """
     if target is None:
         for model in list(_instances):
             revert(model)
@@ -94,7 +103,7 @@ def revert(target: torch.nn.Module | type | None = None) -> None:
             revert(cls)
         _stop_noticing()
         return
-    owner: Any = target if isinstance(target, type) else unwrapped(target)
+    owner = _owner_of(target)
     # a copy of a patched model is patched too, and in no list before its first call
     if not _is_patched(owner) and owner not in _patched(owner):
         return
@@ -110,25 +119,36 @@ def revert(target: torch.nn.Module | type | None = None) -> None:
 
 @contextlib.contextmanager
 def applied(target: torch.nn.Module | type | None = None, *, source: str | os.PathLike[str] = HERE) -> Iterator[Any]:
-    """`apply`, and `revert` at the end of the block; what was patched before the block stays patched."""
-    if target is None:
-        everywhere, classes = bool(_sources), list(_classes)
-        apply(source=source)
+    """`apply`, and `revert` at the end of the block; what was patched before it stays patched, with its own source.
+
+    Args:
+        target: as of `apply`.
+        source: as of `apply`.
+
+    Raises:
+        TypeError, OSError: as `apply`.
+    """
+    if target is not None:
+        owner = _owner_of(target)
+        before = _own_generate(owner)
+        apply(target, source=source)
         try:
-            yield None
+            yield target
         finally:
-            if not everywhere:
-                _stop_noticing()
-                for cls in [cls for cls in _classes if cls not in classes]:
-                    revert(cls)
+            _put_back(owner, before)
         return
-    before = _is_patched(target if isinstance(target, type) else unwrapped(target))
-    apply(target, source=source)
+    sources, classes = list(_sources), {cls: _own_generate(cls) for cls in _classes}
+    apply(source=source)
     try:
-        yield target
+        yield None
     finally:
-        if not before:
-            revert(target)
+        if sources:
+            _sources[:] = sources
+        else:
+            _stop_noticing()
+        for cls in list(_classes):
+            # a class that was imported in the block is served as those before it
+            _put_back(cls, classes.get(cls) or (_generate_of(sources[0]) if sources else None))
 
 
 def status() -> Status:
@@ -154,7 +174,33 @@ def left_padded(inputs: Any, *, source: str | os.PathLike[str] = HERE) -> Any:
     Raises:
         ValueError: no mapping, one of the two is missing, or they do not fit together.
     """
-    return get_class_from_dynamic_module("prompts.left_padded", os.fspath(source))(inputs)
+    return get_class_from_dynamic_module("prompts.left_padded", _place(source))(inputs)
+
+
+def _place(source: str | os.PathLike[str]) -> str:
+    """A folder or hub id as transformers takes it.
+
+    Raises:
+        OSError: it can be neither.
+    """
+    place = os.path.expanduser(os.fspath(source))
+    if not os.path.isdir(place):
+        try:
+            validate_repo_id(place)
+        except HFValidationError as error:
+            raise FileNotFoundError(f"source: got {place}, expected a folder or a hub id") from error
+    return place
+
+
+def _owner_of(target: Any) -> Any:
+    """The class, or the model inside its wrappers, that holds `generate`.
+
+    Raises:
+        TypeError: it is not LocateAnything.
+    """
+    owner = target if isinstance(target, type) else unwrapped(target)
+    _check(owner if isinstance(owner, type) else type(owner), target)
+    return owner
 
 
 def _check(cls: type, target: Any) -> None:
@@ -162,7 +208,7 @@ def _check(cls: type, target: Any) -> None:
         raise TypeError(f"{cls.__name__} is this project's own model: its generate takes batches already.")
     if not _is_stock(cls):
         what = cls.__name__ if target is cls else f"a {cls.__module__}.{cls.__name__}"
-        raise TypeError(f"patch.apply: got {what}; expected {STOCK_NAME}, loaded from the official remote code.")
+        raise TypeError(f"patch: got {what}; expected {STOCK_NAME}, loaded from the official remote code.")
 
 
 def _is_stock(cls: type) -> bool:
@@ -180,8 +226,21 @@ def _patched(owner: Any) -> weakref.WeakSet[Any]:
 
 def _is_patched(owner: Any) -> bool:
     """Whether the `generate` that the object itself holds is ours."""
+    return _own_generate(owner) is not None
+
+
+def _own_generate(owner: Any) -> Any:
+    """Our `generate` that the object itself holds, or None."""
     own = vars(owner).get("generate")
-    return hasattr(getattr(own, "__func__", own), "drop_in")
+    return own if hasattr(getattr(own, "__func__", own), "drop_in") else None
+
+
+def _put_back(owner: Any, before: Any) -> None:
+    """Ends a block: ours of before it, or none; what was reverted in the block stays so."""
+    if before is None:
+        revert(owner)
+    elif _is_patched(owner):
+        owner.generate = before
 
 
 def _put(owner: Any, generate: Any) -> None:
@@ -194,7 +253,7 @@ def _put(owner: Any, generate: Any) -> None:
 
 def _apply_everywhere(source: str) -> None:
     """Patches the stock classes that are there, and those that appear when their module is imported."""
-    global _subclass_hook
+    global _subclass_hook, _our_hook
     generate = _generate_of(source)
     for cls in _subclasses(PreTrainedModel):
         if cls.__name__ == STOCK_NAME and _is_stock(cls):
@@ -207,10 +266,12 @@ def _apply_everywhere(source: str) -> None:
 
     def notice(cls: type, *args: Any, **kwargs: Any) -> None:
         before.__func__(cls, *args, **kwargs) if hasattr(before, "__func__") else before(*args, **kwargs)
-        if cls.__name__ == STOCK_NAME and _is_stock(cls):
+        # without sources it is a leftover that another library's hook still calls
+        if _sources and cls.__name__ == STOCK_NAME and _is_stock(cls):
             _put(cls, _generate_of(_sources[0]))
 
-    PreTrainedModel.__init_subclass__ = classmethod(notice)
+    _our_hook = classmethod(notice)
+    PreTrainedModel.__init_subclass__ = _our_hook
 
 
 def _stop_noticing() -> None:
@@ -218,9 +279,11 @@ def _stop_noticing() -> None:
     _sources.clear()
     if _subclass_hook is _ABSENT:
         return
-    del PreTrainedModel.__init_subclass__
-    if _subclass_hook is not None:
-        PreTrainedModel.__init_subclass__ = _subclass_hook
+    # another library's hook that came later stays
+    if PreTrainedModel.__dict__.get("__init_subclass__") is _our_hook:
+        del PreTrainedModel.__init_subclass__
+        if _subclass_hook is not None:
+            PreTrainedModel.__init_subclass__ = _subclass_hook
     _subclass_hook = _ABSENT
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from torch import nn
-from transformers import BatchFeature, GenerationConfig
+from transformers import BatchFeature, GenerationConfig, PreTrainedModel
 
 import patch
 from tests.conftest import CHECKPOINTS, ROOT, Batch, cases_of, tokenizer_of
@@ -163,7 +163,7 @@ def test_the_official_calls_on_one_row(stock, mode, of_class):
 
 @pytest.mark.parametrize("of_class", [False, True])
 def test_the_official_calls_on_many_rows(stock, of_class):
-    cases = [case for case in greedy_cases(8) if case["generation_mode"] == "hybrid"]
+    cases = [case for case in greedy_cases(12) if case["generation_mode"] == "hybrid"]
     assert len(cases) > 1
     plain = {"temperature": 0, "top_p": None, "repetition_penalty": [c.get("repetition_penalty", 1.0) for c in cases]}
     plain["max_new_tokens"] = [case["max_new_tokens"] for case in cases]
@@ -639,15 +639,17 @@ def test_everywhere_means_also_classes_that_no_module_holds(stock, stock_class):
 
 
 def transformers_hook():
-    from transformers import PreTrainedModel
-
     return PreTrainedModel.__dict__.get("__init_subclass__")
 
 
 def test_what_is_not_locateanything_is_refused(shapes):
     for target in (torch.nn.Linear(2, 2), torch.nn.Linear, shapes, type(shapes)):
-        with pytest.raises(TypeError, match=r"patch\.apply|this project's own model"):
+        with pytest.raises(TypeError, match=r"patch: got|this project's own model"):
             patch.apply(target)
+    for target in ("x", 5, {}, torch.nn.Linear(2, 2), int, shapes.generate):
+        for act in (patch.apply, patch.revert, lambda target: patch.applied(target).__enter__()):
+            with pytest.raises(TypeError, match=r"patch: got .*; expected LocateAnythingForConditionalGeneration"):
+                act(target)
     stranger = types.new_class("LocateAnythingForConditionalGeneration", (torch.nn.Module,))
     with pytest.raises(TypeError, match="expected LocateAnythingForConditionalGeneration, loaded from the official"):
         patch.apply(stranger)
@@ -677,6 +679,8 @@ def test_code_that_is_not_there_is_said_at_once(stock, tmp_path):
     for target in (stock, type(stock), None):
         with pytest.raises(OSError, match="modeling_locateanything_batched"):
             patch.apply(target, source=tmp_path)
+    with pytest.raises(OSError, match=os.path.expanduser("~/no/such/code")):
+        patch.apply(stock, source="~/no/such/code")
     assert patch.status() == patch.Status(patch.__version__, False, (), ())
     assert "generate" not in vars(stock)
 
@@ -692,6 +696,40 @@ def test_another_source_takes_the_place_of_the_first(stock, tmp_path):
         assert ".another" in type(model).__module__
     patch.revert(stock)
     assert "generate" not in vars(stock)
+
+    # A block puts the first source back, in an instance, in a class and for classes imported later
+    def sources() -> list[bool]:
+        later = import_stand_in()
+        held = [vars(owner)["generate"] for owner in (stock, type(stock), later)]
+        return [".another." in getattr(own, "__func__", own).drop_in.__module__ for own in held]
+
+    patch.apply(stock)
+    patch.apply()
+    assert sources() == [False] * 3
+    with patch.applied(stock, source=clone), patch.applied(source=clone):
+        assert sources() == [True] * 3
+        inside = import_stand_in()
+    assert sources() == [False] * 3
+    assert ".another." not in vars(inside)["generate"].drop_in.__module__
+
+
+def test_anothers_later_hook_stays():
+    before = transformers_hook()
+    patch.apply()
+    theirs = classmethod(lambda _cls, **_kwargs: None)
+    PreTrainedModel.__init_subclass__ = theirs
+    try:
+        patch.revert()
+        assert transformers_hook() is theirs
+    finally:
+        del PreTrainedModel.__init_subclass__
+        if before is not None:
+            PreTrainedModel.__init_subclass__ = before
+
+
+def test_an_empty_batch_names_what_is_missing():
+    with pytest.raises(ValueError, match=r"got no input_ids and no attention_mask; its inputs have no entries\."):
+        patch.left_padded({})
 
 
 FROM_THE_HUB = """
