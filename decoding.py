@@ -102,11 +102,11 @@ def stock_warpers(
 def draw(probabilities: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """One draw per distribution, `[..., V] -> [...]` long: the numbers `Categorical(probs=p).sample()` would give.
 
-    Written out because Categorical takes no generator.
+    Written out because Categorical takes no generator, and because `torch.multinomial` asks the device whether it is
+    given probabilities, and refuses a whole batch for one row of NaN. Of NaN, the draw is any id.
     """
-    flat = probabilities.reshape(-1, probabilities.shape[-1])
-    flat = flat / flat.sum(-1, keepdim=True)
-    return torch.multinomial(flat, 1, replacement=True, generator=generator).view(probabilities.shape[:-1])
+    noise = torch.empty(probabilities.shape, dtype=probabilities.dtype, device=probabilities.device)
+    return draw_with(noise.exponential_(generator=generator), probabilities)
 
 
 def draw_with(noise: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -116,7 +116,7 @@ def draw_with(noise: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
     alike mostly agree under one noise.
     """
     normalised = probabilities / probabilities.sum(-1, keepdim=True)
-    return (normalised / noise).argmax(-1)
+    return normalised.div_(noise).argmax(-1)
 
 
 def window_tokens(
@@ -267,6 +267,16 @@ def verify(
     lengths = torch.where(finished, ends.long().argmax(-1), held) + 1
     drafted = torch.where(whole, in_window, drafted - held - 1).masked_fill(finished, 0)
     return Acceptance(tokens, lengths, torch.zeros_like(finished), ~finished, finished, drafted)
+
+
+def accept_at_most(accepted: Acceptance, most: torch.Tensor) -> Acceptance:
+    """Of rows that `verify` gave more than `most`, `[R]` long, takes the rest back; they go on without a draft."""
+    cut = accepted.lengths > most
+    return accepted._replace(
+        lengths=accepted.lengths.minimum(most),
+        finished=accepted.finished & ~cut,
+        drafted=accepted.drafted.masked_fill(cut, 0),
+    )
 
 
 def verify_label(accepted: Acceptance, wanted: torch.Tensor, roles: TokenRoles) -> Acceptance:

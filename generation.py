@@ -10,9 +10,10 @@ tokens, finish.
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from .configuration import WINDOW, TokenRoles
 from .cuda_graphs import DecodeGraphs
 from .decoding import (
     Acceptance,
+    accept_at_most,
     accept_next,
     accept_window,
     leave_label,
@@ -34,7 +36,7 @@ from .decoding import (
 )
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, Stretch
 from .prefill import Entry, content_of, in_passes, plan
-from .sampling import Sampler
+from .sampling import MODEL, Sampler
 from .settings import RowSettings
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one whole prompt at least)
@@ -48,6 +50,17 @@ logger = logging.get_logger(__name__)
 def packs(device: torch.device) -> bool:
     """Whether steps leave unused cells out: on CPU arithmetic is what costs, elsewhere the copy that counts them."""
     return device.type == "cpu"
+
+
+class Decided(NamedTuple):
+    """What a step gives each active row, by slot: accepted tokens, their log-probabilities `[R, 6]`, faults `[R]`.
+
+    A row with a fault (sampling.py) accepts nothing and ends.
+    """
+
+    accepted: Acceptance
+    scores: torch.Tensor
+    faults: torch.Tensor
 
 
 class DecoderModel(Protocol):
@@ -102,6 +115,8 @@ class Row:
     steps: list[tuple[str, int]] = field(init=False, default_factory=list)  # (mode, tokens accepted)
     phases: list[str] = field(init=False, default_factory=list)  # how each token of the answer was accepted
     scores: list[float] = field(init=False, default_factory=list)  # log-probabilities of the answer's tokens
+    sound: torch.Tensor | None = field(init=False, default=None)  # bool, whether its images' features are finite
+    error: str | None = field(init=False, default=None)  # why it ended without an end
 
     def __post_init__(self):
         self.tokens = list(self.prompt)
@@ -129,9 +144,19 @@ class Row:
         """Keeps `length` tokens of the answer."""
         del self.tokens[len(self.prompt) + length :], self.scores[length:], self.phases[length:]
         ends = list(accumulate((count for _, count in self.steps), initial=0))
-        self.steps = [
-            (mode, max(0, min(count, length - end))) for (mode, count), end in zip(self.steps, ends, strict=False)
-        ]
+        steps = zip(self.steps, ends, strict=False)
+        self.steps = [(mode, min(count, length - end)) for (mode, count), end in steps if end < length]
+
+    def fail(self, fault: int) -> None:
+        """Ends the row at a step whose numbers gave no tokens."""
+        what = "the model's logits are NaN or infinite"
+        if fault != MODEL:
+            names = ", ".join(type(processor).__name__ for processor in self.processors)
+            what = f"its logits processors ({names}) made NaN, +inf or nothing but -inf of the model's finite logits"
+        self.error = f"row {self.index}: {what} at token {len(self.answer)} of its answer"
+        if fault == MODEL and self.sound is not None and not self.sound:
+            self.error += "; its image features were not finite when it entered"
+        self.done, self.noise = True, []
 
     @property
     def room(self) -> int:
@@ -146,7 +171,7 @@ class GenerationLoop:
         model, features: see the protocols. layers: of the decoder.
         slots: rows decoded at a time; further rows wait and take the slots of finished ones.
         stops: ids that end a row, and its answer, wherever they are accepted.
-        criteria: asked after every accepted token, row by row. One with a method `kept`, as
+        criteria: asked after every accepted token, row by row. One with a method `answer_to_keep`, as
             `DegenerateAnswerCriteria` has, is asked that for the answer's ids, and the answer is cut there.
         streamer: gets the only row's prompt and tokens.
         generator: draws for every row that has none of its own; None is the global one.
@@ -176,8 +201,8 @@ class GenerationLoop:
         self.waiting = deque(rows)
         self.active: list[Row] = []  # by slot
         self.stops = stops
-        self.cutting = [criterion for criterion in criteria if hasattr(criterion, "kept")]
-        self.criteria = StoppingCriteriaList([one for one in criteria if not hasattr(one, "kept")])
+        self.cutting = [one for one in criteria if hasattr(one, "answer_to_keep")]
+        self.criteria = StoppingCriteriaList([one for one in criteria if not hasattr(one, "answer_to_keep")])
         self.streamer, self.scored = streamer, scored
         self.device, self.graphs = device, graphs
         self.packed = packs(device) and not graphs
@@ -202,17 +227,20 @@ class GenerationLoop:
 
     def run(self) -> list[Row]:
         """Decodes all rows; returns them, finished."""
-        if self.streamer is not None:
-            self.streamer.put(torch.tensor(self.rows[0].prompt))
-        while self.active or self.waiting:
-            try:
-                self.fill_slots()
-                if self.active:
-                    self.commit(self.decide(self.forward()))
-            except torch.OutOfMemoryError as error:
-                self.halve(error)
-        if self.streamer is not None:
-            self.streamer.end()
+        try:
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor(self.rows[0].prompt))
+            while self.active or self.waiting:
+                try:
+                    self.fill_slots()
+                    if self.active:
+                        self.commit(self.decide(self.forward()))
+                except torch.OutOfMemoryError as error:
+                    self.halve(error)
+            if self.streamer is not None:
+                self.streamer.end()
+        finally:
+            self.close()
         return self.rows
 
     # ---- memory
@@ -226,6 +254,11 @@ class GenerationLoop:
             DecodeGraphs(self.compute, slots=self.slots, capacity=self.capacity) if self.graphs else self.compute
         )
 
+    def close(self) -> None:
+        """Gives the memory back now: a traceback may outlive the call, and the loop's parts refer to each other."""
+        self.cache.layers.clear()
+        del self.cache, self.run_step, self.sampler
+
     def halve(self, error: torch.OutOfMemoryError) -> None:
         """Goes on with half the slots and half the prompt tokens and patches a pass.
 
@@ -237,6 +270,7 @@ class GenerationLoop:
         self.slots = max(1, self.slots // 2)
         self.prefill_tokens = max(LEAST_PREFILL_TOKENS, self.prefill_tokens // 2)
         self.features.halve()
+        self.sampler.undo_draws()
         self.waiting.extendleft(reversed([row for row in self.active if not row.done]))
         for row in self.waiting:
             row.cached = row.drafted = 0
@@ -293,8 +327,7 @@ class GenerationLoop:
             self.autoregressive[slot], self.verified[slot] = row.autoregressive, row.verified
             self.hybrid[slot], self.labels[slot] = row.settings.mode == "hybrid", row.settings.verify_labels
         for planned in plan(contents, self.residents):
-            # NaN in one picture spreads to the tokens before it (0 × NaN under the causal mask): it must not be shared
-            entries = [entry if self.is_sound(entry) else Entry(entry.slot, entry.length) for entry in planned]
+            entries = list(self.sound(planned))
             for entry in entries:
                 kept = entry.shared if entry.donor == entry.slot else 0
                 self.cache.clear(entry.slot, kept, self.written[entry.slot])
@@ -307,8 +340,18 @@ class GenerationLoop:
             self.residents[slot] = contents[slot]
             self.features.release(row.index)
 
-    def is_sound(self, entry: Entry) -> bool:
-        return not entry.shared or self.cache.is_finite(entry.donor, entry.shared)
+    def sound(self, planned: list[Entry]) -> Iterator[Entry]:
+        """Entries that share finite numbers only; the others are computed whole.
+
+        NaN in one picture spreads to the tokens before it: 0 × NaN, under the causal mask.
+        """
+        anew = set()  # slots that will not hold what was to be copied from them
+        for entry in planned:
+            if entry.donor in anew or (entry.shared and not self.cache.is_finite(entry.donor, entry.shared)):
+                anew.add(entry.slot)
+                yield Entry(entry.slot, entry.length)
+            else:
+                yield entry
 
     def prefill(self, group: list[Entry], contents: dict[int, np.ndarray]) -> None:
         """One packed pass over what of these rows' prompts is not shared."""
@@ -321,7 +364,12 @@ class GenerationLoop:
         wanted = [(self.active[stretch.slot].index, skip) for stretch, skip in zip(stretches, shown, strict=True)]
         step = PrefillStep(stretches, self.device)
         ids = self.tokens[step.slots, step.offsets]
-        self.model.decode(self.model.embed_prompt(ids, self.features.take(wanted)), step, self.cache)
+        embeddings = self.model.embed_prompt(ids, self.features.take(wanted))
+        # asked for only if the row fails
+        finite = embeddings.isfinite().all(-1) | (ids != self.roles.image).to(embeddings.device)
+        for stretch, own in zip(stretches, finite.split([stretch.length for stretch in stretches]), strict=True):
+            self.active[stretch.slot].sound = own.all()
+        self.model.decode(embeddings, step, self.cache)
 
     # ---- one step
 
@@ -378,8 +426,8 @@ class GenerationLoop:
         lines = [min(start + line, len(logits) - 1) for start in starts for line in range(width)]
         return logits[self.at(lines)].unflatten(0, (-1, width))
 
-    def decide(self, logits: torch.Tensor) -> tuple[Acceptance, torch.Tensor]:
-        """The decoding rules: what each active row accepts, by slot, and its tokens' log-probabilities `[R, 6]`."""
+    def decide(self, logits: torch.Tensor) -> Decided:
+        """The decoding rules."""
         slots: dict[str, list[int]] = defaultdict(list)
         for slot, row in enumerate(self.active):
             slots[row.phase].append(slot)
@@ -388,43 +436,46 @@ class GenerationLoop:
         if len(parts) == 1:
             return parts[0]
         order = self.at([slot for members in slots.values() for slot in members]).argsort()
-        widest = max(part.tokens.shape[1] for part, _ in parts)
-        accepted = [part._replace(tokens=F.pad(part.tokens, (0, widest - part.tokens.shape[1]))) for part, _ in parts]
+        widest = max(part.accepted.tokens.shape[1] for part in parts)
+        accepted = [each._replace(tokens=F.pad(each.tokens, (0, widest - each.tokens.shape[1]))) for each, *_ in parts]
         joined = Acceptance(*(torch.cat(each)[order] for each in zip(*accepted, strict=True)))
-        return joined, torch.cat([scores for _, scores in parts])[order]
+        scores = torch.cat([part.scores for part in parts])[order]
+        return Decided(joined, scores, torch.cat([part.faults for part in parts])[order])
 
-    def decide_next(self, logits: torch.Tensor, slots: list[int]) -> tuple[Acceptance, torch.Tensor]:
+    def decide_next(self, logits: torch.Tensor, slots: list[int]) -> Decided:
         """An AR step of the rows in `slots`."""
         lines = self.lines_of(logits, [self.causal_lines[slot] for slot in slots], 1)
-        probabilities, tokens = self.sampler.choose(lines, [self.active[slot] for slot in slots], slots)
+        probabilities, tokens, faults = self.sampler.choose(lines, [self.active[slot] for slot in slots], slots)
         accepted = accept_next(tokens[:, 0], self.hybrid[self.at(slots)], self.roles)
-        return accepted, self.log_probabilities(probabilities, accepted)
+        return Decided(accepted, self.log_probabilities(probabilities, accepted), faults)
 
-    def decide_window(self, logits: torch.Tensor, slots: list[int]) -> tuple[Acceptance, torch.Tensor]:
+    def decide_window(self, logits: torch.Tensor, slots: list[int]) -> Decided:
         """An MTP step of the rows in `slots`."""
         lines = self.lines_of(logits, [self.window_lines[slot] for slot in slots], WINDOW)
-        probabilities, candidates = self.sampler.choose(lines, [self.active[slot] for slot in slots], slots)
+        probabilities, candidates, faults = self.sampler.choose(lines, [self.active[slot] for slot in slots], slots)
         hybrid = self.hybrid[self.at(slots)]
         tokens = window_tokens(probabilities, candidates, hybrid, self.roles)
         accepted = accept_window(tokens, hybrid, self.roles)
         if any(self.active[slot].settings.verify_labels for slot in slots):
             accepted = verify_label(accepted, self.labels[self.at(slots)], self.roles)
-        return accepted, self.log_probabilities(probabilities, accepted)
+        return Decided(accepted, self.log_probabilities(probabilities, accepted), faults)
 
-    def decide_verified(self, logits: torch.Tensor, slots: list[int]) -> tuple[Acceptance, torch.Tensor]:
+    def decide_verified(self, logits: torch.Tensor, slots: list[int]) -> Decided:
         """A step of the rows in `slots` that verifies their drafts."""
         rows, at = [self.active[slot] for slot in slots], self.at(slots)
         width = 1 + max(row.drafted for row in rows) if self.packed else WINDOW
         causal = self.lines_of(logits, [self.causal_lines[slot] for slot in slots], width)
         window = self.lines_of(logits, [self.window_lines[slot] for slot in slots], WINDOW)
-        probabilities, chosen, window, candidates = self.sampler.choose_verified(causal, window, rows, slots)
+        probabilities, chosen, window, candidates, faults = self.sampler.choose_verified(causal, window, rows, slots)
         tokens = window_tokens(window, candidates, torch.zeros_like(self.hybrid[at]), self.roles)
         place = self.committed[at, None] + torch.arange(width - 1, device=self.device)
         draft, drafted = self.tokens[at].gather(1, place), self.drafted[at]
         accepted = verify(chosen, draft, drafted, tokens, self.roles)
+        # a fault behind tokens of a draft comes to light once they are committed
+        accepted = accept_at_most(accepted, (faults == 0).long().cumprod(-1).sum(-1))
         if any(row.settings.verify_labels for row in rows):
             accepted = leave_label(accepted, self.labels[at], self.roles)
-        return accepted, self.log_probabilities(probabilities, accepted)
+        return Decided(accepted, self.log_probabilities(probabilities, accepted), faults[:, 0])
 
     def log_probabilities(self, probabilities: torch.Tensor, accepted: Acceptance) -> torch.Tensor:
         """`[R, 6]` of the accepted tokens, under the distributions they were accepted from."""
@@ -434,9 +485,9 @@ class GenerationLoop:
         scores = probabilities.gather(-1, tokens).squeeze(-1).log()
         return F.pad(scores, (0, WINDOW - scores.shape[1]))
 
-    def commit(self, decided: tuple[Acceptance, torch.Tensor]) -> None:
+    def commit(self, decided: Decided) -> None:
         """Accepted tokens join their rows, on the device and, by the step's only copy, on the host."""
-        accepted, scores = decided
+        accepted, scores, faults = decided
         rows = len(self.active)
         column = torch.arange(accepted.tokens.shape[1], device=self.device)
         tokens, committed, verified = self.tokens[:rows], self.committed[:rows], self.verified[:rows]
@@ -450,14 +501,20 @@ class GenerationLoop:
         self.drafted[:rows] = drafted
         self.autoregressive[:rows], self.verified[:rows] = accepted.autoregressive, accepted.verified
 
-        flags = (accepted.lengths, drafted, accepted.autoregressive, accepted.verified, accepted.finished)
+        flags = (accepted.lengths, drafted, accepted.autoregressive, accepted.verified, accepted.finished, faults)
         parts = [accepted.tokens[:, :WINDOW], torch.stack(flags, 1)]
         if self.scored:
             parts.append(scores.view(torch.int32))
         lines = torch.cat(parts, 1).cpu()
+        self.sampler.keep_draws()
         scored = lines[:, -WINDOW:].int().view(torch.float32).tolist() if self.scored else [[]] * rows
         for row, line, values in zip(self.active, lines.tolist(), scored, strict=True):
-            length, drafted, autoregressive, verified, finished = line[WINDOW : WINDOW + len(flags)]
+            length, drafted, autoregressive, verified, finished, fault = line[WINDOW : WINDOW + len(flags)]
+            if fault:
+                row.forwards += 1
+                row.steps.append((row.phase, 0))
+                row.fail(fault)
+                continue
             self.extend(row, line[:length], values, drafted, bool(autoregressive), bool(verified), bool(finished))
 
     def extend(
@@ -480,10 +537,11 @@ class GenerationLoop:
         row.tokens += kept
         row.scores += scores[: len(kept)]
         row.phases += [row.phase] * len(kept)
-        row.noise = row.noise[len(kept) :] if verified else []
         row.drafted, row.autoregressive, row.verified = drafted, autoregressive, verified
         row.done = finished or row.done or row.committed >= row.settings.limit
+        row.noise = row.noise[len(kept) :] if verified and not row.done else []
         if row.cut_at is not None:
+            kept = kept[: max(0, row.cut_at - (row.committed - len(row.prompt) - len(kept)))]
             row.cut(row.cut_at)
         if self.streamer is not None:
             self.streamer.put(torch.tensor(kept))
@@ -500,7 +558,7 @@ class GenerationLoop:
             elif self.criteria:
                 ids = torch.tensor([row.tokens + new[:count]], device=self.device)
                 row.done = bool(torch.as_tensor(self.criteria(ids, None)).any())
-            row.cut_at = next((kept for one in self.cutting if (kept := one.kept(answer)) is not None), None)
+            row.cut_at = next((kept for one in self.cutting if (kept := one.answer_to_keep(answer)) is not None), None)
             row.done = row.done or row.cut_at is not None
             if row.done:
                 return new[:count]

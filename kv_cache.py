@@ -45,8 +45,9 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         _, heads, _, head_dim = key_states.shape
-        # Zeros, not empty: a masked key still meets its value as 0 × value, which must not be NaN.
-        shape = (self.slots, heads, self.capacity, head_dim)
+        # Zeros, not empty: a masked key still meets its value as 0 × value, which must not be NaN. The last place, for
+        # cells that no row uses, lies behind all that anybody attends to.
+        shape = (self.slots, heads, self.capacity + 1, head_dim)
         self.keys, self.values = zeros(shape, key_states), zeros(shape, key_states)
         self.is_initialized = True
 
@@ -229,7 +230,7 @@ class DecodeStep:
             if not all_lines:
                 read = torch.where(ar, last, pending + slot_of_window) if windows else last  # [R, 6 or 1]
                 self.lines = (read + width * torch.arange(rows, device=device)[:, None]).flatten()
-            # an unused cell writes to its slot's last place, which no row reaches
+            # an unused cell writes to its slot's last place, which nobody attends to
             offsets = torch.where(valid, offsets, -1)
         self.slots = self.kept // width
         self.offsets = offsets.flatten()[self.kept]

@@ -9,6 +9,7 @@ answered as the stock model would answer it alone (decoding.md).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 # 4.57 copies from a local folder only what the entry file itself imports: name every remote-code file here.
 from .attention import WindowAttention
@@ -44,7 +45,10 @@ from .settings import resolve
 from .stopping import DegenerateAnswerCriteria
 from .vision import MoonViTModel
 
+logger = logging.get_logger(__name__)
+
 ROWS_A_STEP = 32  # beyond, arithmetic takes all the time that memory traffic saves
+LOADED_IN: set[int] = set()  # processes that made a model; a forked one inherits its parent's
 
 
 @dataclass
@@ -58,12 +62,15 @@ class LocateAnythingGenerateOutput(ModelOutput):
             the distribution it was accepted from, after penalties and filters. NaN on padding.
         accepted_by: with `output_scores=True`, `[rows, new]` long, an index into `PHASES`: 0 "mtp" from a window, 1
             "ar" by next-token decoding, 2 "verified" by next-token decoding of a draft. -1 on padding.
+        row_errors: per row None, or what ended it before its end: at which token its logits became NaN or infinite,
+            and whether its image features or a logits processor did it. The tokens before it are in `sequences`.
     """
 
     sequences: torch.Tensor | None = None
     row_forwards: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     accepted_by: torch.Tensor | None = None
+    row_errors: list[str | None] | None = None
 
 
 class LocateAnythingPreTrainedModel(PreTrainedModel):
@@ -110,6 +117,7 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         for index, layer in enumerate(self.language_model.model.layers):
             layer.self_attn = WindowAttention(self.language_model.config, index)
         self.post_init()
+        LOADED_IN.add(os.getpid())
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -350,7 +358,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             Without `tokenizer`: `[rows, L + new]` long, padded with the pad token behind the answers, or a
             `LocateAnythingGenerateOutput` with `return_dict_in_generate=True`. An MTP step may pass the limit by up
             to five tokens; they stay, as in the stock.
-            With `output_scores=True` it also has `scores` and `accepted_by`, of each token.
+            With `output_scores=True` it also has `scores` and `accepted_by`, of each token. A row whose numbers are no
+            longer finite ends there, and `row_errors`, or without the dict a warning, says so; other rows go on.
             With `tokenizer`: the text of one row, or a list of texts; with `verbose=True` the tuple (text, history,
             statistics), history being the (mode, text) of each forward.
 
@@ -369,6 +378,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         # transformers' own stop_strings come with a tokenizer too, and with its contract
         as_text = tokenizer is not None and (verbose or kwargs.get("stop_strings") is None)
         device = self._place_of(self.get_input_embeddings())
+        if device.type == "cpu":
+            _mind_a_fork()
         prompts = read_prompts(input_ids if inputs is None else inputs, attention_mask, self.config, device)
         cap = self.config.text_config.max_position_embeddings
         call = resolve(
@@ -423,6 +434,9 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             scored=call.scored,
         )
         rows = loop.run()
+        errors = [row.error for row in rows]
+        if any(errors) and (as_text or not call.return_dict):
+            logger.warning("generate() ended rows early. " + "; ".join(filter(None, errors)))
         if as_text:
             return self._as_text(rows, tokenizer, verbose, started)
         place = prompts.input_ids.device
@@ -431,7 +445,9 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         if not call.return_dict:
             return sequences
         output = LocateAnythingGenerateOutput(
-            sequences=sequences, row_forwards=torch.tensor([row.forwards for row in rows], device=place)
+            sequences=sequences,
+            row_forwards=torch.tensor([row.forwards for row in rows], device=place),
+            row_errors=errors,
         )
         if call.scored:
             phases = [[PHASES.index(phase) for phase in row.phases] for row in rows]
@@ -491,6 +507,16 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
                 history.append((mode, text_of([next(ids) for _ in range(count)])))
             histories.append(history)
         return answer, histories[0] if len(rows) == 1 else histories, statistics
+
+
+def _mind_a_fork() -> None:
+    """In a process forked after the model was loaded, torch would wait for ever for threads that its parent had."""
+    if LOADED_IN and os.getpid() not in LOADED_IN and torch.get_num_threads() > 1:
+        logger.warning(
+            "this process was forked after the model was loaded; generate() sets torch's threads from "
+            f"{torch.get_num_threads()} to 1, for more do not survive a fork. Load the model in the child to use them."
+        )
+        torch.set_num_threads(1)
 
 
 def _side_by_side(rows: list[list], filling: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -14,6 +14,29 @@ from transformers import LogitsProcessorList
 from .decoding import draw, draw_with, stock_warpers
 from .settings import Recipe
 
+# Whose fault it is that a row has no probabilities: its processors made its logits NaN or infinite; they were so.
+PROCESSORS, MODEL = 1, 2
+
+
+class CheckedProcessor:
+    """A processor of the caller's, whose answer must be scores like those it got: others would be broadcast."""
+
+    def __init__(self, processor: Callable[..., Any], row: int):
+        self.processor, self.row = processor, row
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shape = scores.shape
+        processed = self.processor(input_ids, scores)
+        if isinstance(processed, torch.Tensor) and processed.shape == shape and processed.is_floating_point():
+            return processed.to(scores)
+        got = type(processed).__name__
+        if isinstance(processed, torch.Tensor):
+            got = f"{processed.dtype} {list(processed.shape)}"
+        raise ValueError(
+            f"row {self.row}: the logits processor {type(self.processor).__name__} returned {got}; expected "
+            f"{scores.dtype} {list(shape)}, as the scores it got."
+        )
+
 
 class Sampler:
     """Chooses tokens for the rows of a step.
@@ -37,33 +60,39 @@ class Sampler:
     ):
         self.tokens, self.ends, self.generator, self.at = tokens, ends, generator, at
         self._warpers: dict[Recipe, LogitsProcessorList] = {}
+        self._before: dict[torch.Generator, torch.Tensor] = {}  # states before this step's draws
 
-    def choose(self, logits: torch.Tensor, rows: list[Any], slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(
+        self, logits: torch.Tensor, rows: list[Any], slots: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For rows whose tokens all have the committed ones behind them: windows, or AR steps.
 
         Args:
             logits: `[R, width, V]`, width 6 or 1. In a window only the first token can end a row.
 
         Returns:
-            probabilities `[R, width, V]`, tokens `[R, width]` (argmax, or a draw where the row samples).
+            probabilities `[R, width, V]`, tokens `[R, width]` (argmax, or a draw where the row samples), faults `[R]`
+            long: 0, `PROCESSORS` or `MODEL`.
         """
         short = [place for place, row in enumerate(rows) if row.committed < row.settings.least]
         logits = self.hold_back(logits, [(place, 0) for place in short])
+        unsound = self.unsound(logits, rows)
         probabilities = self.probabilities(logits, rows, slots)
+        faults = self.faults(probabilities, unsound).amax(-1)
         by_generator: dict[torch.Generator | None, list[int]] = defaultdict(list)
         for place, row in enumerate(rows):
             if row.settings.recipe.samples:
                 by_generator[row.generator or self.generator].append(place)
         if len(by_generator) == 1 and all(row.settings.recipe.samples for row in rows):
-            return probabilities, draw(probabilities, next(iter(by_generator)))
+            return probabilities, self.draw(probabilities, next(iter(by_generator))), faults
         tokens = probabilities.argmax(-1)
         for generator, places in by_generator.items():
-            tokens[self.at(places)] = draw(probabilities[self.at(places)], generator)
-        return probabilities, tokens
+            tokens[self.at(places)] = self.draw(probabilities[self.at(places)], generator)
+        return probabilities, tokens, faults
 
     def choose_verified(
         self, causal: torch.Tensor, window: torch.Tensor, rows: list[Any], slots: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """For rows that verify a draft: next-token decoding behind each token of it, and the window behind it all.
 
         A row that samples draws every position with noise of that position's own, the very noise that mode "slow"
@@ -75,7 +104,8 @@ class Sampler:
                 hold anything. window: `[R, 6, V]`.
 
         Returns:
-            probabilities `[R, P, V]` and tokens `[R, P]` of next-token decoding, the same of the window.
+            probabilities `[R, P, V]` and tokens `[R, P]` of next-token decoding, the same of the window, and faults
+            `[R, P]` of next-token decoding's lines; of a window, any draft may come.
         """
         width = causal.shape[1]
         short = [
@@ -84,17 +114,53 @@ class Sampler:
             for line in range(width)
             if row.committed + line < row.settings.least
         ]
-        causal = self.probabilities(self.hold_back(causal, short), rows, slots, line_by_line=True)
+        causal = self.hold_back(causal, short)
+        unsound = self.unsound(causal, rows)
+        causal = self.probabilities(causal, rows, slots, line_by_line=True)
         window = self.probabilities(window, rows, slots, draft=True)
+        # lines after a row's draft are other rows'
+        own = torch.arange(width, device=causal.device) <= self.at([row.drafted for row in rows])[:, None]
+        faults = self.faults(causal, unsound) * own
         chosen, drafted = causal.argmax(-1), window.argmax(-1)
         for place, row in enumerate(rows):
             if not row.settings.recipe.samples:
                 continue
             noise = self.noise(row, row.drafted + window.shape[1], causal)
-            own = row.drafted + 1
-            chosen[place, :own] = draw_with(noise[:own], causal[place, :own])
+            own_lines = row.drafted + 1
+            chosen[place, :own_lines] = draw_with(noise[:own_lines], causal[place, :own_lines])
             drafted[place] = draw_with(noise[row.drafted :], window[place])
-        return causal, chosen, window, drafted
+        return causal, chosen, window, drafted, faults
+
+    def unsound(self, logits: torch.Tensor, rows: list[Any]) -> torch.Tensor | None:
+        """`[R, width]` bool, lines of the model's that are no distribution; None where no row has processors, which
+        could hide that or do it themselves."""
+        if not any(row.processors for row in rows):
+            return None
+        return ~logits.amax(-1).isfinite()
+
+    @staticmethod
+    def faults(probabilities: torch.Tensor, unsound: torch.Tensor | None) -> torch.Tensor:
+        """`[R, width]` long of each line: 0, `PROCESSORS` or `MODEL`.
+
+        One NaN, one +inf or nothing but -inf in a line makes every probability of it NaN, so one of them tells.
+        """
+        broken = probabilities[..., 0].isnan()
+        return broken * MODEL if unsound is None else (broken * PROCESSORS).masked_fill(unsound, MODEL)
+
+    def draw(self, probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        if generator is not None and generator not in self._before:
+            self._before[generator] = generator.get_state()
+        return draw(probabilities, generator)
+
+    def keep_draws(self) -> None:
+        """The step's tokens are accepted."""
+        self._before.clear()
+
+    def undo_draws(self) -> None:
+        """The step failed and will be done again, with the same numbers."""
+        for generator, state in self._before.items():
+            generator.set_state(state)
+        self._before.clear()
 
     def noise(self, row: Any, positions: int, like: torch.Tensor) -> torch.Tensor:
         """`[positions, V]` exponential noise of the row's next tokens; what no token has used yet stays with the row.
@@ -153,12 +219,14 @@ class Sampler:
 
     def processed(self, logits: torch.Tensor, row: Any, slot: int, line_by_line: bool) -> torch.Tensor:
         """Logits `[1, width, V]` of a row with processors of the caller's own, which see exactly its tokens."""
-        warpers = self.warpers(row.settings.recipe, row.processors)
+        checked = LogitsProcessorList([CheckedProcessor(each, row.index) for each in row.processors])
+        warpers = self.warpers(row.settings.recipe, checked)
         if not line_by_line:
-            ids = self.tokens[slot, : row.committed].expand(logits.shape[1], -1)
+            # a copy: what a processor writes into it must not become the row's tokens
+            ids = self.tokens[slot, : row.committed].repeat(logits.shape[1], 1)
             return warpers(ids, logits[0])[None]
         lines = [
-            warpers(self.tokens[slot : slot + 1, : row.committed + line], logits[0, line : line + 1])
+            warpers(self.tokens[slot : slot + 1, : row.committed + line].clone(), logits[0, line : line + 1])
             for line in range(row.drafted + 1)
         ]
         return torch.cat([*lines, logits[0, row.drafted + 1 :]])[None]
