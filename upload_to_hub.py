@@ -10,6 +10,7 @@ import difflib
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,11 @@ def _check_texts(args: argparse.Namespace) -> None:
 def _assemble(args: argparse.Namespace) -> int:
     if args.dry_run:
         target = check_target(args.base, args.local_dir, args.overwrite)
-        base = preview_base(args.base, args.revision, local=Path(args.base).expanduser().is_dir())
+        local = Path(args.base).expanduser().is_dir()
+        base = preview_base(args.base, args.revision, local=local)
         print_plan(plan(base, args.weights), base, target)
+        if not local:
+            print("Configs and tokenizer were downloaded to the hub's cache.")
         return 0
     target = assemble(
         args.base, args.local_dir, revision=args.revision, weights=args.weights, overwrite=args.overwrite
@@ -95,8 +99,10 @@ def _pull_request(args: argparse.Namespace) -> int:
 def _publish(publication: Publication, args: argparse.Namespace) -> int:
     private = getattr(args, "private", False)
     if args.dry_run:
-        if publication.kind == PULL_REQUEST and get_token():
-            publication = with_open_pull(publication)
+        if publication.kind == PULL_REQUEST:
+            # Whose pull requests to look for is known by the token
+            unknown = replace(publication, notes=("without a token it is not known whether one of yours is open",))
+            publication = with_open_pull(publication) if get_token() else unknown
         print_publication(publication, private=private)
         return 0
     for line in warnings_of(publication):

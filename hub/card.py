@@ -86,21 +86,22 @@ def model_card(kind: str, repo: str, origin: Origin) -> str:
     metadata["library_name"] = "transformers"
     if origin.model_id:
         metadata["base_model"] = origin.model_id
-    base = origin.model_id or "the base checkpoint"
-    legal = ", ".join(f"`{name}`" for name in origin.legal_files) or "the licence that the metadata above names"
+    base = f"`{origin.model_id}`" if origin.model_id else "the base checkpoint"
+    named = "the licence that the metadata above names" if "license" in metadata else "the base's licence"
+    legal = ", ".join(f"`{name}`" for name in origin.legal_files) or named
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     parts = [f"---\n{front}---\n"]
     if origin.commit is not None:
         asked = f" for {origin.revision}" if origin.revision else ""
         parts.append(f"<!-- base: {origin.name} at {origin.commit}{asked} -->\n")
     parts.append(f"# {repo.split('/')[-1]}\n")
-    parts.append(f"`{base}` with a `generate` that takes batches. {_intro()}\n")
+    parts.append(f"{base[:1].upper()}{base[1:]} with a `generate` that takes batches. {_intro()}\n")
     parts.append("```python\nfrom transformers import AutoConfig, AutoModel, AutoProcessor\n")
     parts.append("\n".join(loading_lines(kind, repo, origin)) + "\n```\n")
     parts.append("## Licence\n")
     if kind == OWN:
         parts.append(
-            f"The weights and data files are those of `{base}`, unchanged but for the code that the JSON files name. "
+            f"The weights and data files are those of {base}, unchanged but for the code that the JSON files name. "
             f"They stay under their licence: {legal}. The Python files are not the base's; they are under Apache-2.0 "
             "(`LICENSE-CODE`).\n"
         )
@@ -109,8 +110,8 @@ def model_card(kind: str, repo: str, origin: Origin) -> str:
             parts.append(f"## The card of {base}\n\n{body}\n")
     else:
         parts.append(
-            f"This repository holds no weights; they are loaded from `{base}`, under their licence. Configuration "
-            f"and tokenizer are those of `{base}`, unchanged but for the code that the JSON files name, and under the "
+            f"This repository holds no weights; they are loaded from {base}, under their licence. Configuration "
+            f"and tokenizer are those of {base}, unchanged but for the code that the JSON files name, and under the "
             f"same licence: {legal}. The Python files are under Apache-2.0 (`LICENSE-CODE`).\n"
         )
     card = "\n".join(parts)

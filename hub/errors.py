@@ -129,7 +129,9 @@ def _explained(error: Exception, argument: str, repo: str, revision: str | None,
         return f"{argument}: {folder_or_not} failed (HTTP {status}); {again}"
     if any(_NETWORK & {kind.__name__ for kind in type(link).__mro__} for link in chain):
         cause = first_line(chain[-1])
-        broken = f"{argument}: {folder_or_not} at {constants.ENDPOINT} cannot be reached or broke off: {cause}"
+        broken = f"{argument}: {folder_or_not} at {constants.ENDPOINT} cannot be reached or broke off: {cause}".rstrip(
+            "."
+        )
         return f"{broken}; {again}" if at_commit else broken
     if any(isinstance(link, json.JSONDecodeError) for link in chain):
         return (

@@ -143,13 +143,14 @@ def plan_repository(
         local = False
     if not local and base == repo:
         raise PublishError(f"repo: {repo} is the base itself; open a pull request there, or name another repository")
-    preview = preview_base(base, commit or revision, local=local)
-    steps = plan(preview, "copy", code_repo=repo if kind == CODE_ONLY else None)
     oids: dict[str, str] = {}
     if not local:
         with hub_errors("base", base, revision):
-            oids = {name: oid_of(file) for name, file in listing(base, preview.folder.name)[1].items()}
-    origin = _origin(base, None if local else preview.folder.name, revision, preview)
+            commit, files = listing(base, commit or revision)
+        oids = {name: oid_of(file) for name, file in files.items()}
+    preview = preview_base(base, revision if local else commit, local=local)
+    steps = plan(preview, "copy", code_repo=repo if kind == CODE_ONLY else None)
+    origin = _origin(base, commit, revision, preview)
     if kind == CODE_ONLY:
         # And the licences that these files are under
         legal = set(origin.legal_files)

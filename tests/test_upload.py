@@ -406,7 +406,7 @@ def test_folders_with_the_names_of_hub_ids_are_not_looked_at(hub, script, publis
         (("repo", "ada/dry", "--base", SHARDED), ["create public repository ada/dry", SHARDS[0], "300.0 kB", "main"]),
         (("repo", "ada/dry", "--base", BASE, "--private"), ["create private", "model.safetensors", "4.7 MB"]),
         (("code", "ada/dry", "--base", BASE), ["edit", "config.json", "card", "ada/dry"]),
-        (("pr", SHARDED), ["a new pull request", "processing.py", "kB", SHARDED]),
+        (("pr", SHARDED), ["a new pull request", "without a token", "processing.py", "kB", SHARDED]),
     ],
 )
 def test_dry_run_prints_and_writes_nothing(hub, script, arguments, named):
@@ -632,6 +632,8 @@ def test_a_hub_that_says_nothing_is_left(monkeypatch):
     monkeypatch.setattr(HfApi, "model_info", info)
     with pytest.raises(PublishError, match=r"timed out after 30\.0"):
         plan_pull_request("a/b")
+    with pytest.raises(AssemblyError, match=r"timed out after 30\.0"):
+        plan_repository("a/b", "a/c")
 
 
 def test_the_line_of_an_error_that_says_why():
@@ -696,7 +698,7 @@ def test_card_of_a_base_without_one():
     origin = Origin("/some/folder", None, None, {"config.json": 1}, "")
     card = model_card(OWN, "ada/own", origin)
     assert metadata(card.encode()) == {"pipeline_tag": "image-text-to-text", "library_name": "transformers"}
-    assert origin_of(card) is None
+    assert origin_of(card) is None and "The base checkpoint with a `generate`" in card and "the base's licence" in card
 
 
 def test_code_at_a_revision_is_loaded_at_that_revision():
