@@ -76,6 +76,7 @@ class Script:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HOME": str(home),
             "NO_PROXY": "*",
+            "OMP_NUM_THREADS": "1",  # the models are tiny, and others run beside
         }
         self.stderr = ""  # of the last command line
         self._shell = self.start("-c", SHELL, str(ROOT), stdin=subprocess.PIPE)
