@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locateanything.configuration import TokenRoles
-from locateanything.decoding import accept_next, accept_window, draw, stock_warpers, window_tokens
+from locateanything.decoding import (
+    StockTopPLogitsWarper,
+    accept_next,
+    accept_window,
+    draw,
+    draw_with,
+    stock_warpers,
+    window_tokens,
+)
 
 BOX, END_BOX, REF, END_REF, NONE, NULL, MASK, END, IMAGE = range(100, 109)
 ROLES = TokenRoles(
@@ -142,6 +151,67 @@ def test_case_d_takes_the_candidates():
     assert tokens_of(*[{1: 0.5}] * 6, candidates=[11, 12, 13, 14, 15, 16]) == [11, 12, 13, 14, 15, 16]
 
 
+def below(share: float) -> float:
+    """The next smaller float32 probability."""
+    return float(torch.nextafter(torch.tensor(share), torch.tensor(0.0)))
+
+
+def above(share: float) -> float:
+    return float(torch.nextafter(torch.tensor(share), torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize(
+    ("slots", "slot", "token", "least", "first"),
+    [
+        (EMPTY, 0, BOX, 0.7, BOX),
+        (EMPTY, 1, NONE, above(0.2), BOX),
+        (EMPTY, 2, END_BOX, above(0.2), BOX),
+        (EMPTY, 3, NULL, above(0.1), BOX),
+        (EMPTY, 4, NULL, above(0.1), BOX),
+        (a_box(1, 2, 3, 4), 5, END_BOX, 0.2, BOX),
+        (a_box(1, 2, 3, 4), 5, NULL, 0.2, BOX),
+        (a_box(1, 2, 3, 4), 5, END, 0.2, BOX),
+        (LABEL, 0, REF, 0.6, REF),
+    ],
+)
+def test_a_threshold_is_this_very_number(slots, slot, token, least, first):
+    for share, holds in ((least, True), (below(least), False)):
+        at_the_edge = list(slots)
+        at_the_edge[slot] = {token: share}
+        assert tokens_of(*at_the_edge)[0] == (first if holds else WORDS[0])
+
+
+def test_a_coordinate_is_sure_from_this_very_number():
+    for share, sure in ((0.9, True), (below(0.9), False)):
+        slots = a_box(1, 2, 3, 4)
+        slots[3] = {coordinate(100): share, coordinate(200): 0.05}
+        assert tokens_of(*slots, hybrid=True)[3] == (coordinate(100) if sure else 0)
+
+
+def test_the_last_places_of_the_top_count():
+    slots = a_box(1, 2, 3, 4)
+    slots[2] = {1: 0.3, 2: 0.25, 3: 0.2, coordinate(500): 0.15}
+    assert tokens_of(*slots)[2] == coordinate(500)
+    slots = list(LABEL)
+    slots[2] = {coordinate(1): 0.25, coordinate(2): 0.2, coordinate(3): 0.15, coordinate(4): 0.12, 8: 0.1}
+    assert tokens_of(*slots, candidates=[9] * 6)[2] == 8
+
+
+def test_the_first_and_the_last_coordinate_are_coordinates_and_their_neighbours_are_not():
+    assert tokens_of(*a_box(0, 1000, 0, 1000))[1:5] == [ROLES.coord_start, ROLES.coord_end] * 2
+    for outside in (-1, 1001):
+        assert tokens_of(*a_box(1, outside, 3, 4)) == list(WORDS[:6])
+
+
+@pytest.mark.parametrize("slot", range(1, 5))
+def test_one_ambiguous_coordinate_is_voided_alone(slot):
+    slots = a_box(1, 2, 3, 4)
+    slots[slot] = {7: 0.4, coordinate(900): 0.3, coordinate(100): 0.2}
+    expected = [BOX, *map(coordinate, (1, 2, 3, 4)), END_BOX]
+    expected[slot] = 0
+    assert tokens_of(*slots, hybrid=True) == expected
+
+
 def test_rows_do_not_mix():
     p = torch.stack([torch.stack([distribution(s) for s in slots]) for slots in (EMPTY, a_box(1, 2, 3, 4), LABEL)])
     tokens = window_tokens(p, torch.full((3, 6), 9), torch.tensor([True, False, True]), ROLES)
@@ -224,6 +294,59 @@ def test_what_follows_a_next_token(token, hybrid, autoregressive, finished):
     assert result.finished[0].item() == finished
 
 
+def window_by_hand(tokens: list[int], hybrid: bool) -> tuple[list[int], str]:
+    """decoding.md §4, line by line: (accepted, then)."""
+    coordinates = [ROLES.coord_start <= token <= ROLES.coord_end for token in tokens]
+    if tokens[0] in (NULL, END):
+        return [END], "finished"
+    if tokens[0] == BOX:
+        if tokens[1] == NONE:
+            return [BOX, NONE, END_BOX], "mtp"
+        if all(coordinates[1:5]) and tokens[5] == END_BOX:
+            return tokens, "mtp"
+        if coordinates[1:4] == [True, True, False] and tokens[3] == END_BOX:
+            return tokens[:4], "mtp"
+        if not hybrid:
+            return tokens, "mtp"
+        leading = [*coordinates[1:5], False].index(False)
+        return tokens[: 1 + leading], "broken"
+    accepted = list(itertools.takewhile(lambda token: token != NULL, tokens))
+    return accepted[:-1] if accepted[-2:] == [END_REF, END_REF] else accepted, "mtp"
+
+
+def test_every_window_of_every_kind_of_token():
+    """All that §4 tells apart, in each of the six slots; tokens it does not tell apart take turns."""
+    coordinates = itertools.cycle([ROLES.coord_start, ROLES.coord_end, *C])
+    others = itertools.cycle([1, ROLES.coord_start - 1, REF, BOX, END, ROLES.coord_end + 1, MASK])
+    behind = (END_BOX, END_REF, NONE, NULL, coordinates, others)
+    firsts = (BOX, NULL, END_REF, others)
+    windows = [
+        [token if isinstance(token, int) else next(token) for token in window]
+        for window in itertools.product(firsts, *[behind] * 5)
+    ]
+    tokens = torch.tensor(windows)
+    for hybrid in (True, False):
+        result = accept_window(tokens, torch.full((len(windows),), hybrid), ROLES)
+        rows = zip(windows, *(each.tolist() for each in result), strict=True)
+        for window, accepted, length, autoregressive, verified, finished, drafted in rows:
+            expected, then = window_by_hand(window, hybrid)
+            assert accepted[:length] == expected, window
+            assert (autoregressive, finished) == (then == "broken", then == "finished"), window
+            assert not verified and not drafted
+    assert tokens.tolist() == windows, "the tokens are the caller's"
+
+
+def test_what_follows_any_next_token():
+    tokens = [*range(90, 110), *range(ROLES.coord_start - 2, ROLES.coord_end + 3)]
+    for hybrid in (True, False):
+        result = accept_next(torch.tensor(tokens), torch.full((len(tokens),), hybrid), ROLES)
+        assert (result.tokens[:, 0].tolist(), result.tokens.shape[1]) == (tokens, 6)
+        assert result.lengths.tolist() == [1] * len(tokens) and not result.verified.any() and not result.drafted.any()
+        goes_on = {END_BOX, NONE, *range(ROLES.coord_start, ROLES.coord_end + 1)} if hybrid else {*tokens} - {END}
+        assert result.finished.tolist() == [token not in goes_on for token in tokens]
+        assert result.autoregressive.tolist() == [not hybrid or token != END_BOX for token in tokens]
+
+
 @given(
     tokens=st.lists(st.sampled_from([BOX, END_BOX, REF, END_REF, NONE, NULL, END, 1, 2, *C]), min_size=6, max_size=6)
 )
@@ -266,6 +389,32 @@ def test_the_order_is_penalty_temperature_top_p_top_k():
     assert penalised.softmax(0)[[1, 0]].sum() < 0.9  # so top_p alone would have kept three
 
 
+def test_top_p_takes_the_last_axis_of_any_shape():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(2, 4, 3)[..., [1, 0, 2]]
+    kept = StockTopPLogitsWarper(0.6)(torch.zeros(2, 1, dtype=torch.long), logits).isfinite()
+    assert kept.tolist() == [[[True, True, False]] * 4] * 2
+
+
+def test_top_k_alone():
+    assert warped([3.0, 1.0, 2.0], top_k=2).tolist() == [3.0, -math.inf, 2.0]
+
+
+@pytest.mark.parametrize("number", [0.999, 1.001])
+def test_a_penalty_or_temperature_close_to_one_counts(number):
+    assert warped([2.0, 3.0], repetition_penalty=number)[0] == torch.tensor(2.0) / number
+    assert warped([2.0, 3.0], temperature=number)[0] == torch.tensor(2.0) / number
+
+
+def test_what_is_off_is_left_out():
+    recipe = {"repetition_penalty": 1.0, "top_p": 1.0, "top_k": None}
+    assert not stock_warpers(temperature=0.0, **recipe) and not stock_warpers(temperature=1.0, **recipe)
+
+
+def test_a_users_processors_come_behind_the_penalty_and_before_the_temperature():
+    recipe = {"repetition_penalty": 2.0, "temperature": 0.5, "between": [lambda ids, scores: scores + 1]}
+    assert warped([4.0, 4.0], ids=(0,), **recipe).tolist() == [6.0, 10.0]
+
+
 def test_temperature_zero_changes_nothing():
     assert warped([1.0, 2.0]).tolist() == [1.0, 2.0]
 
@@ -275,3 +424,8 @@ def test_a_draw_is_categoricals():
     torch.manual_seed(3)
     expected = torch.distributions.Categorical(probs=p).sample()
     assert torch.equal(draw(p, torch.Generator().manual_seed(3)), expected)
+
+
+def test_a_draw_heeds_no_scale():
+    p, noise = torch.rand(5, 40), torch.rand(5, 40)
+    assert torch.equal(draw_with(noise, p * 2.0**-100), draw_with(noise, p))
