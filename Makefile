@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. `make test TRANSFORMERS=4.57.6` picks the other supported line.
+# make demo | test | coverage | lint | clean. `make test TRANSFORMERS=4.57.6` picks the other supported line.
 
 PYTHON ?= python3
 # The newest 5.x that this Python can install
@@ -11,14 +11,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 TYPES := $(VENV)/types
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test coverage lint clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    set up an environment and ground the demo pictures"
-	@echo "make test    set up and run the tests            (ARGS='-k assembly' for some)"
-	@echo "make lint    linter, formatter and type checker"
-	@echo "make clean   remove environments, caches and results"
+	@echo "make demo      set up an environment and ground the demo pictures"
+	@echo "make test      set up and run the tests            (ARGS='-k assembly' for some)"
+	@echo "make coverage  the tests, and what they reach of the remote code, patch/ and hub/"
+	@echo "make lint      linter, formatter and type checker"
+	@echo "make clean     remove environments, caches and results"
 	@echo "TRANSFORMERS=$(TRANSFORMERS) picks the environment, PYTHON=$(PYTHON) what it is made with."
 
 demo: $(STAMP)
@@ -26,6 +27,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+# Slower than `test`: every line is watched, those of the tests' own processes and of transformers' copies too
+coverage: $(STAMP)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --include="$$($(BIN)/python -c \
+		'import upload_to_hub as u; print(*u.remote_code_files(), "patch/*", "hub/*", sep=",")')"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -40,7 +49,7 @@ lint: $(STAMP)
 	$(BIN)/mypy locate.py upload_to_hub.py hub
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis located
+	rm -rf .venv .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis located
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml Makefile
