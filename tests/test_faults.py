@@ -81,7 +81,7 @@ def test_out_of_memory_at_any_operation(monkeypatch, packed):
     expected, options = alone(batch), {"max_batch_rows": 3}
     places = operations(batch, **options)
     gone_on = 0
-    for number in random.Random(int(packed)).sample(range(1, places), 24):
+    for number in random.Random(int(packed)).sample(range(1, places), 10):
         try:
             with AtOperation(number, torch.OutOfMemoryError):
                 output = batch.run(**options)
@@ -91,7 +91,7 @@ def test_out_of_memory_at_any_operation(monkeypatch, packed):
         gone_on += 1
         assert strip(batch, output) == expected, number
         assert output.row_errors == [None] * 5
-    assert gone_on > 16
+    assert gone_on > 5
     assert strip(batch, batch.run()) == expected
 
 
@@ -119,7 +119,7 @@ def test_an_interrupt_at_any_operation_leaves_a_usable_model():
     expected = strip(batch, batch.run())
     parameters = {name: (value.data_ptr(), value._version) for name, value in batch.model.named_parameters()}
     attributes, places = set(vars(batch.model)), operations(batch)
-    for number in random.Random(0).sample(range(1, places), 25):
+    for number in random.Random(0).sample(range(1, places), 20):
         batch = batch_of(5, new=6)
         with pytest.raises(KeyboardInterrupt), AtOperation(number):
             batch.run()
@@ -405,11 +405,11 @@ def test_calls_leave_nothing_behind():
             assert error is mine
         mine.__traceback__ = None
 
-    for number in range(30):
+    for number in range(15):
         call(number)
     gc.collect()
     objects, before = len(gc.get_objects()), resident()
-    for number in range(120):
+    for number in range(75):
         call(number)
     gc.collect()
     assert len(gc.get_objects()) - objects < 200
@@ -430,10 +430,10 @@ def test_finished_rows_hold_no_noise(monkeypatch):
 
 def test_many_rows_and_calls_equal_themselves_alone():
     model, processor = model_of("shapes"), processor_of("shapes")
-    distinct = load.asks(model, processor, 40, seed=3)
+    distinct = load.asks(model, processor, 24, seed=3)
     alone = [load.answers(model, [row])[0] for row in distinct]
-    one = load.one_call(model, distinct, alone, rows=200, slots=8, seed=3)
-    assert one["wrong"] == 0 and one["tokens"] > 500 and len(one["resident"]) > load.MARKS // 2
-    many = load.many_calls(model, distinct, alone, calls=40, seed=3)
-    assert many["wrong"] == 0 and many["rows"] > 40
+    one = load.one_call(model, distinct, alone, rows=160, slots=8, seed=3)
+    assert one["wrong"] == 0 and one["tokens"] > 400 and len(one["resident"]) > load.MARKS // 2
+    many = load.many_calls(model, distinct, alone, calls=20, seed=3)
+    assert many["wrong"] == 0 and many["rows"] > 20
     assert max(one["resident"][2:]) - one["resident"][2] < 16 << 20
