@@ -241,6 +241,9 @@ def verify(
             the draft, P ≤ 6. Columns after a row's `drafted` may hold anything.
         draft: `[R, P - 1]` long, of which the first `drafted`, `[R]` long, count.
         window: `[R, 6]` long, the rules' tokens for the window behind the draft.
+
+    Returns:
+        Tokens `[R, 11]`; rows are finished where an end is accepted, the others go on verifying.
     """
     width = chosen.shape[1]
     column = torch.arange(2 * WINDOW - 1, device=chosen.device)
@@ -284,6 +287,9 @@ def verify_label(accepted: Acceptance, wanted: torch.Tensor, roles: TokenRoles) 
 
     Args:
         accepted: of `accept_window`. wanted: `[R]` bool.
+
+    Returns:
+        The same, cut behind the first `<ref>` of rows that are wanted.
     """
     column = torch.arange(accepted.tokens.shape[1], device=wanted.device)
     opens = (accepted.tokens == roles.ref_start) & (column < accepted.lengths[:, None])
@@ -297,6 +303,9 @@ def leave_label(accepted: Acceptance, only_labels: torch.Tensor, roles: TokenRol
 
     Args:
         accepted: of `verify`. only_labels: `[R]` bool.
+
+    Returns:
+        The same, cut behind the first `</ref>` of those rows.
     """
     column = torch.arange(accepted.tokens.shape[1], device=only_labels.device)
     closes = (accepted.tokens == roles.ref_end) & (column < accepted.lengths[:, None])

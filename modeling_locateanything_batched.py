@@ -38,6 +38,7 @@ from .cuda_graphs import DecodeGraphs  # noqa: F401
 from .decoding import Acceptance  # noqa: F401
 from .generation import PHASES, GenerationLoop, Row
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
+from .loading import CheckedLoading
 from .prefill import Entry  # noqa: F401
 from .prompts import PATCHES_A_PASS, PromptFeatures, left_padded, read_grids, read_prompts
 from .sampling import Sampler  # noqa: F401
@@ -73,7 +74,7 @@ class LocateAnythingGenerateOutput(ModelOutput):
     row_errors: list[str | None] | None = None
 
 
-class LocateAnythingPreTrainedModel(PreTrainedModel):
+class LocateAnythingPreTrainedModel(CheckedLoading, PreTrainedModel):
     config_class = LocateAnythingConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -239,6 +240,20 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
             **kwargs,
         )
 
+    def degenerate_answer_criteria(self, **options: int) -> DegenerateAnswerCriteria:
+        """A stopping criterion for rows that repeat a box, cycle through boxes or march a sliver along an axis.
+
+            model.generate(**inputs, stopping_criteria=[model.degenerate_answer_criteria()])
+
+        Args:
+            options: `period`, `times`, `march`, `thin`, see `DegenerateAnswerCriteria`; for transformers' own generate
+                also `prompt_length`, the tokens of `input_ids` that are not the answer.
+
+        Raises:
+            ValueError: a number out of range.
+        """
+        return DegenerateAnswerCriteria(self.config.token_roles, **options)
+
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
@@ -283,19 +298,6 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
 
     left_padded = staticmethod(left_padded)
 
-    def degenerate_answer_criteria(self, **options: int) -> DegenerateAnswerCriteria:
-        """A stopping criterion for rows that repeat a box, cycle through boxes or march a thin box along an axis.
-
-            model.generate(**inputs, stopping_criteria=[model.degenerate_answer_criteria()])
-
-        Args:
-            options: `period`, `times`, `march`, `thin`, see `DegenerateAnswerCriteria`.
-
-        Raises:
-            ValueError: a number out of range.
-        """
-        return DegenerateAnswerCriteria(self.config.token_roles, **options)
-
     @torch.no_grad()
     def generate(
         self,
@@ -330,10 +332,11 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
                 columns) in patches.
             visual_features: instead of pixels, `extract_feature`'s result (a list, one `[tokens, 4 * vision hidden]`
                 per image), or one tensor `[tokens, hidden]` that is projected already.
-            generation_mode: "hybrid", "fast", "slow", or "verified", the answer of "slow" at nearly the speed of
-                "fast": windows are drafts, and next-token decoding confirms them one forward later. One for all, or a
-                list with one per row.
-            verify_labels: in "hybrid" and "fast", accept text in `<ref>…</ref>` as "verified" does. May be a list.
+            generation_mode: "hybrid", "fast", "slow", or "verified", the answer of "slow" in a fraction of
+                its forwards: windows are drafts, and next-token decoding confirms them one forward later. One for all,
+                or a list with one per row.
+            verify_labels: in "hybrid" and "fast", accept text in `<ref>…</ref>` as "verified" does, if the answer
+                itself opens the label. May be a list.
             generation_config and keyword arguments: transformers'. `temperature`, `do_sample`, `top_p`, `top_k`,
                 `repetition_penalty`, `max_new_tokens` and `max_length` may be lists with one value per row.
                 `max_length` counts a row's own tokens, without padding. A `temperature=` above 0 samples; the default

@@ -46,7 +46,7 @@ class Sampler:
 
     Args:
         tokens: `[slots, capacity]` long, each row's committed tokens and draft; behind them its first token repeated.
-        ends: ids that a row must not take before its least length.
+        ends: ids that a row must not take before its least length: the end of turn, null, and the caller's stops.
         generator: draws for every row that has none of its own; None is the global one.
         at: makes a list of places an index on the device.
     """
@@ -59,6 +59,7 @@ class Sampler:
         at: Callable[[list[int]], torch.Tensor],
     ):
         self.tokens, self.ends, self.generator, self.at = tokens, ends, generator, at
+        self.last = {ends[0], *ends[2:]}  # a null ends windows only
         self._warpers: dict[Recipe, LogitsProcessorList] = {}
         self._before: dict[torch.Generator, torch.Tensor] = {}  # states before this step's draws
 
@@ -96,8 +97,8 @@ class Sampler:
         """For rows that verify a draft: next-token decoding behind each token of it, and the window behind it all.
 
         A row that samples draws every position with noise of that position's own, the very noise that mode "slow"
-        would draw it with; the window's draws use it too. So a token is independent of the draft it is compared with,
-        and mostly agrees with it.
+        would draw it with, and the window's draws use it too. A token is therefore what "slow" would draw, whatever
+        the draft: the draft only decides in which forward it is drawn, and mostly agrees with it.
 
         Args:
             causal: `[R, P, V]`, line j behind the committed tokens and j of the draft. Lines after a row's draft may
@@ -225,11 +226,20 @@ class Sampler:
             # a copy: what a processor writes into it must not become the row's tokens
             ids = self.tokens[slot, : row.committed].repeat(logits.shape[1], 1)
             return warpers(ids, logits[0])[None]
-        lines = [
-            warpers(self.tokens[slot : slot + 1, : row.committed + line].clone(), logits[0, line : line + 1])
-            for line in range(row.drafted + 1)
-        ]
-        return torch.cat([*lines, logits[0, row.drafted + 1 :]])[None]
+        # as far as the draft holds, so that they are asked what next-token decoding would ask them, and no more
+        lines: list[torch.Tensor] = []
+        for line in range(row.drafted + 1):
+            behind = self.tokens[slot : slot + 1, : row.committed + line].clone()
+            lines.append(warpers(behind, logits[0, line : line + 1]))
+            probabilities = lines[-1].softmax(-1)
+            if row.settings.recipe.samples:
+                token = draw_with(self.noise(row, line + 1, logits)[line:], probabilities)
+            else:
+                token = probabilities.argmax(-1)
+            ended = int(token) in self.last
+            if ended or line == row.drafted or token != self.tokens[slot, row.committed + line]:
+                break
+        return torch.cat([*lines, logits[0, len(lines) :]])[None]
 
     def hold_back(self, logits: torch.Tensor, lines: list[tuple[int, int]]) -> torch.Tensor:
         """Forbids the end in (place, line)s of rows that are to grow longer."""

@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .engine import Engine, unwrapped
 
 __version__ = "0.1.0"
-__all__ = ["Status", "applied", "apply", "left_padded", "revert", "status"]
+__all__ = ["Status", "applied", "apply", "degenerate_answer_criteria", "left_padded", "revert", "status"]
 
 STOCK_NAME = "LocateAnythingForConditionalGeneration"
 DROP_IN = "modeling_locateanything_batched.LocateAnythingBatchedForConditionalGeneration"
@@ -159,6 +159,26 @@ def status() -> Status:
         tuple(sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in _classes)),
         tuple(sorted(f"{type(model).__qualname__} at {id(model):#x}" for model in _instances)),
     )
+
+
+def degenerate_answer_criteria(
+    model: torch.nn.Module, *, source: str | os.PathLike[str] = HERE, **options: int
+) -> StoppingCriteria:
+    """What the drop-in's method of that name gives: a stopping criterion for answers that go round in circles.
+
+    Args:
+        model: the stock model, for its token ids.
+        source: as of `apply`.
+        options: `period`, `times`, `march`, `thin`.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    config, criteria = (
+        get_class_from_dynamic_module(name, _place(source))
+        for name in ("configuration.LocateAnythingConfig", "stopping.DegenerateAnswerCriteria")
+    )
+    return criteria(config.from_dict(unwrapped(model).config.to_dict()).token_roles, **options)
 
 
 def left_padded(inputs: Any, *, source: str | os.PathLike[str] = HERE) -> Any:

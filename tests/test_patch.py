@@ -775,3 +775,15 @@ def test_from_a_snapshot_and_from_a_hub_id(tmp_path):
     command = [sys.executable, "-c", FROM_THE_HUB, str(repository / "snapshots" / commit)]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "answered" in run.stdout, run.stderr
+
+
+def test_answers_that_go_round_in_circles_end(stock):
+    case = next(case for case in cases_of("shapes") if "seed" not in case and case["num_boxes"] == 2)
+    patch.apply(stock)
+    batch = Batch("shapes", [case])
+    criterion = patch.degenerate_answer_criteria(stock, times=2, period=1)
+    settings = {"generation_mode": case["generation_mode"], "max_new_tokens": case["max_new_tokens"]}
+    output = stock.generate(**batch.inputs, **settings, stopping_criteria=[criterion])
+    assert batch.answers(output) == batch.expected()
+    with pytest.raises(ValueError, match="times=1"):
+        patch.degenerate_answer_criteria(stock, times=1)

@@ -93,6 +93,53 @@ def test_processors_see_what_they_would_see_in_slow():
         assert slow[0, len(case["input_ids"]) + 2] != case["output_ids"][2]
 
 
+class Counts(LogitsProcessor):
+    """Keeps what it is asked, in order."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, input_ids, scores):
+        self.asked.append(input_ids[0].tolist())
+        return scores
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_processors_are_asked_what_slow_asks_them(temperature):
+    for case in [case for case in slow_cases("shapes") if case["num_tokens"] > 20][:8]:
+        batch, asked = Batch("shapes", [case]), {}
+        for mode in ("slow", "verified"):
+            counts = Counts()
+            batch.run(generation_mode=mode, temperature=temperature, logits_processor=[counts])
+            asked[mode] = counts.asked
+        assert asked["verified"] == asked["slow"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_answers_can_be_constrained_as_in_slow(temperature):
+    case = next(case for case in slow_cases("shapes") if case["num_tokens"] > 20 and "seed" not in case)
+    texts = "<ref>red circle</ref><box><0><0><1><1></box><|im_end|>", "<ref>blue square</ref><box>none</box><|im_end|>"
+    answers = [tokenizer_of("shapes").encode(text) for text in texts]
+
+    def allowed(_, ids):
+        said = ids[len(case["input_ids"]) :].tolist()
+        return sorted({a[len(said)] for a in answers if a[: len(said)] == said and len(a) > len(said)})
+
+    batch = Batch("shapes", [case])
+    settings = {"prefix_allowed_tokens_fn": allowed, "temperature": temperature, "max_new_tokens": 40}
+    slow = batch.run(**settings).sequences
+    assert slow[0, len(case["input_ids"]) :].tolist() in answers
+    assert torch.equal(batch.run(generation_mode="verified", **settings).sequences, slow)
+
+
+@pytest.mark.parametrize("least", range(4, 32, 3))
+def test_a_least_length_is_kept_as_in_slow(least):
+    cases = [case for case in slow_cases("shapes") if "seed" not in case][:12]
+    batch = Batch("shapes", cases)
+    slow = batch.run(min_new_tokens=least).sequences
+    assert torch.equal(batch.run(generation_mode="verified", min_new_tokens=least).sequences, slow)
+
+
 @pytest.mark.parametrize("options", [{"min_new_tokens": 40}, {"no_repeat_ngram_size": 3}, {"eos_token_id": 28}])
 def test_transformers_options_work_as_in_slow(options):
     cases = [case for case in slow_cases("shapes") if "seed" not in case][:12]
