@@ -12,12 +12,17 @@ from hypothesis import strategies as st
 
 from locateanything.configuration import TokenRoles
 from locateanything.decoding import (
+    Acceptance,
     StockTopPLogitsWarper,
+    accept_at_most,
     accept_next,
     accept_window,
     draw,
     draw_with,
+    leave_label,
     stock_warpers,
+    verify,
+    verify_label,
     window_tokens,
 )
 
@@ -123,6 +128,8 @@ def test_case_b_takes_the_most_probable_coordinate_of_the_top_four():
         ({100: 0.89, 161: 0.1}, True, True),
         ({100: 0.6}, True, False),  # one candidate only
         ({100: 0.5, 130: 0.2, 161: 0.1}, True, True),  # the ends count
+        ({100: 0.5, 130: 0.2, 1050: 0.1}, True, False),  # a token behind the last coordinate does not
+        ({100: 0.5, 130: 0.2, -150: 0.1}, True, False),  # nor does one before the first
     ],
 )
 def test_hybrid_voids_ambiguous_coordinates(masses, hybrid, ambiguous):
@@ -360,6 +367,66 @@ def test_any_window_accepts_one_to_six_of_its_tokens(tokens):
         assert not (result.finished[0] and result.autoregressive[0])
 
 
+# ---- drafts, where random rows (tests/test_verified.py) seldom come
+
+
+def verified(
+    chosen: list[int], draft: list[int], drafted: int, window: list[int]
+) -> tuple[list[int], list[int], bool]:
+    """(accepted, next draft, finished) of one row."""
+    result = verify(*(torch.tensor([each]) for each in (chosen, draft)), torch.tensor([drafted]),
+                    torch.tensor([window]), ROLES)  # fmt: skip
+    assert result.tokens.shape == (1, 11) and result.drafted >= 0
+    length, end = int(result.lengths), int(result.lengths + result.drafted)
+    return result.tokens[0, :length].tolist(), result.tokens[0, length:end].tolist(), bool(result.finished)
+
+
+def test_what_stands_behind_a_draft_is_no_draft():
+    assert verified([1, 2, 3], [1, 2], 0, [1, 7, NULL, 4, 4, 4]) == ([1], [7], False)
+    assert verified([1, 2, 3], [1, 2], 1, [2, 7, NULL, 4, 4, 4]) == ([1, 2], [7], False)
+
+
+def test_behind_a_wrong_coordinate_the_next_one_alone_is_said_anew():
+    chosen = [BOX, C[4], C[3], C[3], C[3]]
+    assert verified(chosen, [BOX, *C[:3]], 4, [1] * 6) == ([BOX, C[4]], [C[3], C[2]], False)
+    assert verified(chosen, [BOX, C[0], END_BOX, C[2]], 4, [1] * 6) == ([BOX, C[4]], [END_BOX, C[2]], False)
+
+
+def test_no_draft_is_a_draft_of_none():
+    assert verified([1, 2], [1], 1, [3] * 6) == ([1, 2], [], False)
+    assert verified([1, END], [1], 1, [END, 2, 2, 2, 2, 2]) == ([1, END], [], True)
+    assert verified([END, 2, 3], [1, 2], 2, [3] * 6) == ([END], [], True)
+
+
+def acceptance(rows: list[list[int]], lengths: list[int], finished: list[bool], drafted: list[int]) -> Acceptance:
+    no = torch.zeros(len(rows), dtype=torch.bool)
+    ends = torch.tensor(finished)
+    return Acceptance(torch.tensor(rows), torch.tensor(lengths), no, ~ends, ends, torch.tensor(drafted))
+
+
+def test_what_passes_a_limit_is_taken_back_with_its_end_and_its_draft():
+    rows = [[1, 2, END, 4, 5, 6]] * 3
+    result = accept_at_most(acceptance(rows, [3, 3, 2], [True, True, False], [0, 0, 2]), torch.tensor([3, 2, 5]))
+    assert result.lengths.tolist() == [3, 2, 2] and result.finished.tolist() == [True, False, False]
+    assert result.drafted.tolist() == [0, 0, 2]
+    cut = accept_at_most(acceptance(rows[:2], [3, 3], [False, False], [2, 2]), torch.tensor([3, 1]))
+    assert cut.lengths.tolist() == [3, 1] and cut.drafted.tolist() == [2, 0]
+    assert cut.tokens.tolist() == rows[:2] and cut.verified.all() and not cut.finished.any()
+
+
+def test_a_label_opens_only_where_it_is_accepted():
+    window = acceptance([[1, 2, REF, 3, 4, 5]] * 2, [2, 3], [False, False], [0, 0])
+    opened = verify_label(window, torch.tensor([True, True]), ROLES)
+    assert opened.lengths.tolist() == [2, 3] and opened.verified.tolist() == [False, True]
+
+
+def test_behind_a_label_end_an_end_is_taken_back():
+    rows = [[1, END_REF, END, 4, 5, 6], [1, 2, END, 4, 5, 6], [1, 2, END_REF, 4, 5, 6]]
+    left = leave_label(acceptance(rows, [3, 3, 2], [True, True, False], [0, 0, 3]), torch.tensor([True] * 3), ROLES)
+    assert left.lengths.tolist() == [2, 3, 2] and left.finished.tolist() == [False, True, False]
+    assert left.verified.tolist() == [False, False, True] and left.drafted.tolist() == [0, 0, 3]
+
+
 # ---- logits to probabilities
 
 
@@ -390,9 +457,9 @@ def test_the_order_is_penalty_temperature_top_p_top_k():
 
 
 def test_top_p_takes_the_last_axis_of_any_shape():
-    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(2, 4, 3)[..., [1, 0, 2]]
+    logits = torch.tensor([0.2, 0.5, 0.3]).log().expand(2, 4, 3)
     kept = StockTopPLogitsWarper(0.6)(torch.zeros(2, 1, dtype=torch.long), logits).isfinite()
-    assert kept.tolist() == [[[True, True, False]] * 4] * 2
+    assert kept.tolist() == [[[False, True, True]] * 4] * 2
 
 
 def test_top_k_alone():
