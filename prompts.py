@@ -210,7 +210,7 @@ class PromptFeatures:
         else:
             self.tokens = []
         of_rows = images_by_row(prompts.slots, self.tokens)
-        same = first_equal(self.pixels if self.given is None else self.given)
+        same = first_equal(self.pixels, self.sizes) if self.given is None else first_equal(self.given)
         self.images = [[same[image] for image in images] for images in of_rows]
         self.waiting: Counter[int] = Counter()  # rows that have yet to enter, by image
         self.encoded: dict[int, torch.Tensor] = {}
@@ -265,13 +265,18 @@ class PromptFeatures:
         return features if self.projected else self.model.project([f.to(place.device, place.dtype) for f in features])
 
 
-def first_equal(images: Sequence[torch.Tensor]) -> list[int]:
-    """For each tensor, the place of the first one equal to it. Two are compared only if their fingerprints agree."""
+def first_equal(images: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]] | None = None) -> list[int]:
+    """For each tensor, the place of the first one equal to it. Two are compared only if their fingerprints agree.
+
+    Args:
+        sizes: of the images whose patches these are: the same patches may lie in a wide grid or in a high one.
+    """
     seen: dict[tuple, list[int]] = {}
     first = []
     for place, image in enumerate(images):
         probe = image.flatten()[:: max(1, image.numel() // 4096)].double()
-        alike = seen.setdefault((tuple(image.shape), float(probe.sum()), float(probe.square().sum())), [])
+        size = sizes[place] if sizes else None
+        alike = seen.setdefault((tuple(image.shape), size, float(probe.sum()), float(probe.square().sum())), [])
         equal = next((other for other in alike if images[other] is image or torch.equal(images[other], image)), place)
         if equal == place:
             alike.append(place)

@@ -68,6 +68,29 @@ def test_passes_respect_the_budget():
     assert [len(group) for group in in_passes(entries, 10)] == [1] * 5, "one row at least"
 
 
+def test_a_wide_and_a_high_picture_of_one_colour_are_two_pictures():
+    """Their patches are equal, one after another; where they lie is not."""
+    wide, high = torch.ones(6, 3, 14, 14), torch.ones(6, 3, 14, 14)
+    assert first_equal([wide, high], [(2, 3), (3, 2)]) == [0, 1]
+    assert first_equal([wide, high], [(2, 3), (2, 3)]) == [0, 0]
+
+    case = next(c for c in cases_of("shapes") if c["generation_mode"] == "slow" and c["image_grid_hws"] == [[6, 8]])
+    batch = Batch("shapes", [case, case])
+    pixels = torch.full((96, 3, 14, 14), 0.3)
+    grids = [[6, 8], [8, 6]]
+    together = batch.model.generate(**{**batch.inputs, "pixel_values": pixels, "image_grid_hws": torch.tensor(grids)})
+    features = batch.model.extract_feature(pixels, torch.tensor(grids))
+    assert not torch.equal(*features)
+    for row, grid in enumerate(grids):
+        alone = batch.model.generate(
+            input_ids=batch.input_ids[row : row + 1],
+            attention_mask=batch.attention_mask[row : row + 1],
+            pixel_values=pixels[:48],
+            image_grid_hws=torch.tensor([grid]),
+        )
+        assert torch.equal(together[row, : alone.shape[1]], alone[0])
+
+
 def test_equal_images_are_found_by_object_and_by_content():
     one, other = torch.rand(4, 3), torch.rand(4, 3)
     assert first_equal([one, other, one, other.clone(), one.view(3, 4)]) == [0, 1, 0, 1, 4]
