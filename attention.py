@@ -113,12 +113,11 @@ def decode_attention(
 
 
 def _attend(q, k, v, mask, scaling, implementation, causal=False):
-    """softmax(q kᵀ · scaling) v over the last two dimensions; mask is bool or additive, or None."""
+    """softmax(q kᵀ · scaling) v over the last two dimensions; mask is bool or additive, or None where it is causal."""
     if implementation != "eager":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling)
     scores = (q @ k.transpose(-1, -2)).float() * scaling
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).to(q.dtype) @ v

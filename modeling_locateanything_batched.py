@@ -133,10 +133,10 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         self.language_model.set_output_embeddings(new_embeddings)
 
     def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()
+        return self.language_model.model
 
     def set_decoder(self, decoder: nn.Module) -> None:
-        self.language_model.set_decoder(decoder)
+        self.language_model.model = decoder
 
     # ---- images
 

@@ -376,6 +376,7 @@ def changed(batch: Batch, **kwargs):
         ({"output_logits": True}, "output_logits=True"),
         ({"verify_labels": [True, False]}, "verify_labels has 2 values for 4 rows"),
         ({"verify_labels": "yes"}, "verify_labels='yes': expected True or False"),
+        ({"inputs": torch.tensor([[1, 2]])}, "both inputs and input_ids"),
         ({"num_return_sequences": 0}, "num_return_sequences=0"),
         ({"generator": [torch.Generator()]}, "generator has 1 generators for 4 rows"),
         ({"max_batch_rows": 0}, "max_batch_rows=0"),
@@ -467,3 +468,9 @@ def test_autocast_over_wider_weights(batch):
     with torch.autocast("cpu", torch.bfloat16):
         answers = batch.answers(batch.model.generate(**batch.inputs))
     assert sum(one == other for one, other in zip(answers, batch.expected(), strict=True)) >= 2
+
+
+def test_settings_of_each_row_may_be_a_tensor(batch):
+    limits = [3, 60, 9, 60]
+    wanted = batch.model.generate(**batch.inputs, max_new_tokens=limits)
+    assert torch.equal(batch.model.generate(**batch.inputs, max_new_tokens=torch.tensor(limits)), wanted)

@@ -159,3 +159,11 @@ def test_a_cache_on_cpu_takes_memory_as_rows_write_it(dtype):
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_transformers_can_ask_a_cache():
+    cache = SlotKVCache(layers=2, slots=3, capacity=70)
+    assert cache.get_seq_length() == 0  # rows have lengths of their own
+    layer = cache.layers[1]
+    assert layer.get_max_cache_shape() == layer.get_max_length() == 128
+    assert layer.get_mask_sizes(torch.arange(3)) == (128, 0)

@@ -280,3 +280,8 @@ def test_videos(folder):
 def test_refused_videos(source, message):
     with pytest.raises(ValueError, match=message):
         load_video(source)
+
+
+def test_a_data_uri_of_broken_text_is_named():
+    with pytest.raises(ValueError, match=r"image 'data:image/png,.*its data are not text"):
+        load_image("data:image/png,\ud800")

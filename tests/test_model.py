@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -223,3 +224,33 @@ def test_adapters_are_seen(shapes):
     for hook in hooks:
         hook.remove()
     assert called == names
+
+
+def test_forward_takes_embeddings_and_asks_for_something():
+    model = LocateAnythingForConditionalGeneration.from_pretrained(CHECKPOINTS["shapes"]).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        embedded = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+        torch.testing.assert_close(embedded, model(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds; got neither"):
+        model()
+    slot = model.config.image_token_index
+    with pytest.raises(ValueError, match="1 image slots, but the images give 0 tokens"):
+        model(input_ids=torch.tensor([[5, slot, 7]]))
+
+
+def test_embeddings_and_decoder_can_be_put_in():
+    model = LocateAnythingForConditionalGeneration.from_pretrained(CHECKPOINTS["shapes"]).eval()
+    for get, put, owner, name in (
+        (model.get_input_embeddings, model.set_input_embeddings, model.language_model.model, "embed_tokens"),
+        (model.get_output_embeddings, model.set_output_embeddings, model.language_model, "lm_head"),
+        (model.get_decoder, model.set_decoder, model.language_model, "model"),
+    ):
+        other = copy.deepcopy(get())
+        put(other)
+        assert get() is other is getattr(owner, name)
+
+
+def test_a_head_that_2d_rotation_cannot_pair_is_refused():
+    with pytest.raises(ValueError, match="hidden_size=60 over num_attention_heads=10 must give a head size"):
+        LocateAnythingConfig(vision_config={"hidden_size": 60, "num_attention_heads": 10})

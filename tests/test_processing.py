@@ -755,3 +755,11 @@ def test_equal_pictures_are_preprocessed_once_a_call(processor, monkeypatch):
     pieces = inputs["pixel_values"].split(inputs["image_grid_hws"].prod(1).tolist())
     for picture, piece in zip(images, pieces, strict=True):
         assert torch.equal(piece, patchify(picture)[0])
+
+
+def test_patches_are_counted_without_options():
+    images = LocateAnythingImageProcessor.from_pretrained(CHECKPOINTS["shapes"])
+    rows, columns = images.grid_of(90, 130)
+    assert images.get_number_of_image_patches(90, 130) == rows * columns
+    with pytest.raises(ValueError, match=r"images_kwargs: got {'size': 3}"):
+        images.get_number_of_image_patches(90, 130, {"size": 3})
