@@ -223,7 +223,7 @@ class GenerationLoop:
         self.window_lines: list[int] = []
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
         ends = [roles.end, roles.null, *stops]
-        self.sampler = Sampler(self.tokens, ends, generator, self.at)
+        self.sampler = Sampler(self.tokens, self.committed, self.drafted, ends, generator, self.at)
 
     def run(self) -> list[Row]:
         """Decodes all rows; returns them, finished."""

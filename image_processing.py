@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,11 @@ def _is_count(value: Any) -> bool:
 
 def _is_share(value: Any, least: float) -> bool:
     return isinstance(value, (int, float)) and least <= value <= 1
+
+
+def is_number(value: Any) -> bool:
+    """A number that float32 can hold: no NaN, no infinity."""
+    return isinstance(value, Real) and abs(value) < 1e9  # type: ignore[operator]
 
 
 def is_list(value: Any) -> bool:

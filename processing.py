@@ -1,17 +1,14 @@
 # Copyright 2026 The LocateAnything-batched authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Pictures and questions to tensors; tokens to boxes and points (checkpoint.md, "Image preprocessing", "Prompt")."""
+"""The processor: pictures and questions → tensors (checkpoint.md, "Image preprocessing", "Prompt"), and back."""
 
 from __future__ import annotations
 
-import math
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import accumulate, chain, islice, takewhile
-from numbers import Integral, Real
+from itertools import chain, islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,8 +17,8 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .answers import decode_ids, id_rows, read_answers
 from .conversations import (
-    ANSWER_START,
     TURN_END,
     TURN_START,
     Placeholders,
@@ -30,8 +27,16 @@ from .conversations import (
     read_conversations,
     video_of,
 )
-from .grounding import ANSWER_TOKENS, Grounding, geometric_mean, parse_answer, parse_places, to_pixels
-from .image_processing import LocateAnythingImageProcessor, Source, as_batch, image_layout, is_array, is_list
+from .grounding import ANSWER_TOKENS
+from .image_processing import (
+    LocateAnythingImageProcessor,
+    Source,
+    as_batch,
+    image_layout,
+    is_array,
+    is_list,
+    is_number,
+)
 from .media import load_image, load_video, shorten
 
 # What stands for "unknown" where the published processor reports a frame's time.
@@ -39,9 +44,6 @@ UNKNOWN_TIME = -1
 UNKNOWN_FPS = 2.0
 MAX_DIGITS = 9  # of the K of <image-K>
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
-
-_ROLE = ANSWER_START.removeprefix(TURN_START)
-_WORD = "·"  # an ordinary token, where only the vocabulary's own count
 
 _TEXT_KWARGS = frozenset(
     [
@@ -481,17 +483,14 @@ class LocateAnythingProcessor(ProcessorMixin):
         Raises:
             ValueError: something else than ids.
         """
-        rows = _id_rows(generated_outputs)
+        rows = id_rows(generated_outputs)
         if skip_special_tokens:
             added = self.tokenizer.added_tokens_decoder.items()
             dropped = {index for index, token in added if token.special and token.content not in ANSWER_TOKENS}
             rows = [[index for index in row if index not in dropped] for row in rows]
-        return [self._decode(row, clean_up_tokenization_spaces=clean_up_tokenization_spaces) for row in rows]
-
-    def _decode(self, ids: Sequence[int], **kwargs: Any) -> str:
-        """Ids to text, special tokens kept. Ids that no vocabulary has, as -100 for "ignore", say nothing."""
-        size = len(self.tokenizer)
-        return self.tokenizer.decode([i for i in ids if 0 <= i < size], skip_special_tokens=False, **kwargs)
+        return [
+            decode_ids(self.tokenizer, row, clean_up_tokenization_spaces=clean_up_tokenization_spaces) for row in rows
+        ]
 
     def post_process_grounding(
         self, outputs: Any, target_sizes: Any = None, threshold: float | None = None
@@ -524,89 +523,7 @@ class LocateAnythingProcessor(ProcessorMixin):
                 positive numbers each, scores that do not fit the sequences, or a threshold without scores or outside
                 of 0…1.
         """
-        scores = getattr(outputs, "scores", None)
-        if threshold is not None:
-            _check_threshold(threshold, scores)
-        outputs = getattr(outputs, "sequences", outputs)
-        if is_array(scores):
-            return self._scored_groundings(_id_rows(outputs), scores, target_sizes, threshold or 0.0)
-        if isinstance(outputs, str):
-            outputs = [outputs]
-        if is_list(outputs) and all(isinstance(row, str) for row in outputs):
-            rows = [parse_answer(_answer_of(text)) for text in outputs]
-        else:
-            marks = self._marks()
-            rows = [[item for item, *_ in self._places(self._answer_in(ids), marks)] for ids in _id_rows(outputs)]
-        sizes = _sizes(target_sizes, len(rows))
-        return [_in_tensors(items, width, height) for items, (height, width) in zip(rows, sizes, strict=True)]
-
-    def _marks(self) -> dict[int, str]:
-        """The tokens of the vocabulary that make an answer's boxes and labels."""
-        added = self.tokenizer.added_tokens_decoder.items()
-        return {index: token.content for index, token in added if token.content in ANSWER_TOKENS}
-
-    def _places(self, ids: Sequence[int], marks: Mapping[int, str]) -> list[tuple[Grounding, range, range]]:
-        """`parse_places` of an answer's ids; the ranges are of tokens."""
-        pieces = [marks.get(index, _WORD) for index in ids]
-        ends = list(accumulate(map(len, pieces)))
-        found = []
-        for item, *places in parse_places("".join(pieces)):
-            label, box = (
-                range(bisect_right(ends, place.start), bisect_left(ends, place.stop) + 1) if place else range(0)
-                for place in places
-            )
-            words = self._decode([ids[i] for i in label]).strip()
-            found.append((item._replace(label=words), label, box))
-        return found
-
-    def _answer_in(self, ids: list[int]) -> list[int]:
-        """`_answer_of` by ids: turns are opened and closed by the vocabulary's own tokens only."""
-        start, end = self._id_of(TURN_START), self._id_of(TURN_END)
-        openings = [place for place, index in enumerate(ids) if index == start]
-        answer = [] if openings else ids
-        for opening in reversed(openings):
-            opened = (
-                stop
-                for stop in range(opening + 1, min(opening + 1 + len(_ROLE), len(ids)) + 1)
-                if self._decode(ids[opening + 1 : stop]).startswith(_ROLE)
-            )
-            stop = next(opened, None)
-            if stop is not None:
-                answer = ids[stop:]
-                break
-        return list(takewhile(lambda index: index != end, answer))
-
-    def _scored_groundings(
-        self, rows: list[list[int]], scores: Any, target_sizes: Any, threshold: float
-    ) -> list[dict[str, Any]]:
-        """rows: ids `[rows, prompt + new]`. scores: `[rows, new]` log-probabilities, NaN on padding."""
-        scores = torch.as_tensor(scores)
-        if (
-            scores.dim() != 2
-            or not scores.is_floating_point()
-            or len(scores) != len(rows)
-            or any(len(row) < scores.shape[1] for row in rows)
-        ):
-            raise ValueError(
-                f"outputs: got scores {scores.dtype} {list(scores.shape)} for {len(rows)} sequence(s) of "
-                f"{sorted(set(map(len, rows)))} ids; expected floating point [rows, new ids]."
-            )
-        end, marks = self._id_of(TURN_END), self._marks()
-        found = []
-        sizes = _sizes(target_sizes, len(rows))
-        for ids, values, (height, width) in zip(rows, scores.tolist(), sizes, strict=True):
-            ids = ids[len(ids) - len(values) :]
-            told = takewhile(lambda pair: pair[0] != end and not math.isnan(pair[1]), zip(ids, values, strict=True))
-            items, box_scores, label_scores = [], [], []
-            for item, label, box in self._places([index for index, _ in told], marks):
-                score = geometric_mean([values[i] for i in box[1:-1]])
-                if np.float32(score) < np.float32(threshold):  # scores come out in float32
-                    continue
-                items.append(item)
-                box_scores.append(score)
-                label_scores.append(geometric_mean([values[i] for i in label]))
-            found.append(_in_tensors(items, width, height, box_scores, label_scores))
-        return found
+        return read_answers(self.tokenizer, outputs, target_sizes, threshold)
 
 
 @dataclass(frozen=True)
@@ -729,88 +646,19 @@ def _deal(name: str, layout: tuple[list[Any], bool], wanted: list[int]) -> list[
 
 def _captions(frames: int, rate: Any, times: Any, source: Source) -> list[str]:
     """What is written before each frame of a video; the first continues "The first video"."""
-    if rate is not None and not _is_number(rate):
+    if rate is not None and not is_number(rate):
         raise ValueError(f"fps: got {rate!r} for {source.name}; expected frames per second or None.")
-    if times is not None and not (is_list(times) and len(times) == frames and all(map(_is_number, times))):
+    if times is not None and not (is_list(times) and len(times) == frames and all(map(is_number, times))):
         raise ValueError(f"timestamps: got {times!r} for {source.name}; expected {frames} numbers, one per frame.")
     names = [f"Frame-{i + 1}" + ("" if times is None else f"-{times[i]:.2f}s") + ": " for i in range(frames)]
     head = ": " if rate is None else f" sampled with {rate:.2f} fps: "
     return [head + names[0], *names[1:]]
 
 
-def _is_number(value: Any) -> bool:
-    """A number that float32 can hold: no NaN, no infinity."""
-    return isinstance(value, Real) and abs(value) < 1e9  # type: ignore[operator]
-
-
 def _ordinal(number: int) -> str:
     if number > len(ORDINALS):
         raise ValueError(f"videos: a text names {number}; the model knows {len(ORDINALS)} in one prompt.")
     return ORDINALS[number - 1]
-
-
-def _id_rows(outputs: Any) -> list[list[int]]:
-    rows = outputs.tolist() if is_array(outputs) else outputs
-    if is_list(rows):
-        rows = [row.tolist() if is_array(row) else row for row in rows]
-        if all(isinstance(row, Integral) for row in rows):
-            rows = [rows] if rows else []
-        if all(is_list(row) and all(isinstance(index, Integral) for index in row) for row in rows):
-            return [list(map(int, row)) for row in rows]
-    raise ValueError(f"outputs: got {type(outputs).__name__}; expected token ids [rows, length] or lists of them.")
-
-
-def _sizes(target_sizes: Any, rows: int) -> list[tuple[float, float]]:
-    if target_sizes is None:
-        return [(1, 1)] * rows
-    sizes = target_sizes.tolist() if is_array(target_sizes) else target_sizes
-    if not is_list(sizes) or len(sizes) != rows:
-        raise ValueError(f"target_sizes: got {sizes!r} for {rows} row(s); expected one (height, width) per row.")
-    checked = []
-    for size in sizes:
-        pair = size.tolist() if is_array(size) else size
-        if not is_list(pair) or len(pair) != 2 or not all(_is_number(s) and s > 0 for s in pair):
-            raise ValueError(f"target_sizes: got {size!r}; expected (height, width) in pixels.")
-        checked.append((pair[0], pair[1]))
-    return checked
-
-
-def _check_threshold(threshold: Any, scores: Any) -> None:
-    number = isinstance(threshold, (int, float, np.floating)) and not isinstance(threshold, bool)
-    if not number or not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: got {threshold!r}; expected a number from 0 to 1.")
-    if not is_array(scores):
-        raise ValueError(
-            f"threshold: got {threshold} for outputs without scores; pass what generate(…, "
-            "return_dict_in_generate=True, output_scores=True) returned."
-        )
-
-
-def _in_tensors(
-    items: list[Grounding],
-    width: float,
-    height: float,
-    scores: list[float] | None = None,
-    label_scores: list[float] | None = None,
-) -> dict[str, Any]:
-    """Boxes and points apart, in pixels of a `width`×`height` image."""
-    found: dict[str, Any] = {}
-    for kind, prefix, places in (("boxes", "", 4), ("points", "point_", 2)):
-        own = [i for i, item in enumerate(items) if len(item.coordinates) == places]
-        coordinates = [to_pixels(items[i].coordinates, width, height) for i in own]
-        found[kind] = torch.tensor(coordinates, dtype=torch.float32).view(-1, places)
-        found[f"{prefix}labels"] = [items[i].label for i in own]
-        if scores is not None and label_scores is not None:
-            found[f"{prefix}scores"] = torch.tensor([scores[i] for i in own], dtype=torch.float32)
-            found[f"{prefix}label_scores"] = torch.tensor([label_scores[i] for i in own], dtype=torch.float32)
-    return found
-
-
-def _answer_of(text: str) -> str:
-    _, opening, answer = text.rpartition(ANSWER_START)
-    if not opening and TURN_START in text:  # a prompt without an answer
-        return ""
-    return answer.partition(TURN_END)[0]
 
 
 __all__ = ["LocateAnythingImageProcessor", "LocateAnythingProcessor"]

@@ -46,6 +46,7 @@ class Sampler:
 
     Args:
         tokens: `[slots, capacity]` long, each row's committed tokens and draft; behind them its first token repeated.
+        committed, drafted: `[slots]` long, how many these are.
         ends: ids that a row must not take before its least length: the end of turn, null, and the caller's stops.
         generator: draws for every row that has none of its own; None is the global one.
         at: makes a list of places an index on the device.
@@ -54,11 +55,14 @@ class Sampler:
     def __init__(
         self,
         tokens: torch.Tensor,
+        committed: torch.Tensor,
+        drafted: torch.Tensor,
         ends: list[int],
         generator: torch.Generator | None,
         at: Callable[[list[int]], torch.Tensor],
     ):
-        self.tokens, self.ends, self.generator, self.at = tokens, ends, generator, at
+        self.tokens, self.committed, self.drafted = tokens, committed, drafted
+        self.ends, self.generator, self.at = ends, generator, at
         self.last = {ends[0], *ends[2:]}  # a null ends windows only
         self._warpers: dict[Recipe, LogitsProcessorList] = {}
         self._before: dict[torch.Generator, torch.Tensor] = {}  # states before this step's draws
@@ -120,7 +124,7 @@ class Sampler:
         causal = self.probabilities(causal, rows, slots, line_by_line=True)
         window = self.probabilities(window, rows, slots, draft=True)
         # lines after a row's draft are other rows'
-        own = torch.arange(width, device=causal.device) <= self.at([row.drafted for row in rows])[:, None]
+        own = torch.arange(width, device=causal.device) <= self.drafted[self.at(slots), None]
         faults = self.faults(causal, unsound) * own
         chosen, drafted = causal.argmax(-1), window.argmax(-1)
         for place, row in enumerate(rows):
@@ -210,11 +214,11 @@ class Sampler:
     ) -> torch.Tensor:
         """`[R * width, n]` the tokens behind each line, its row's first token repeated behind them."""
         longest = max(rows[place].committed + rows[place].drafted for place in places)
-        ids = self.tokens[self.at([slots[place] for place in places]), :longest]
+        at = self.at([slots[place] for place in places])
+        ids = self.tokens[at, :longest]
         if not line_by_line:
             return ids.repeat_interleave(width, 0)
-        committed = self.at([rows[place].committed for place in places])
-        lengths = committed[:, None] + torch.arange(width, device=ids.device)
+        lengths = self.committed[at, None] + torch.arange(width, device=ids.device)
         place = torch.arange(longest, device=ids.device)
         return torch.where(place < lengths[..., None], ids[:, None], ids[:, None, :1]).flatten(0, 1)
 

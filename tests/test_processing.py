@@ -672,7 +672,7 @@ def folder(tmp_path_factory):
     for file in CHECKPOINTS["shapes"].iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, folder)
-    for name in ("configuration", "processing", "image_processing", "conversations", "media", "grounding"):
+    for name in ("configuration", "processing", "answers", "image_processing", "conversations", "media", "grounding"):
         shutil.copy(ROOT / f"{name}.py", folder)
     maps = {
         "AutoImageProcessor": "processing.LocateAnythingImageProcessor",
