@@ -381,8 +381,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         # transformers' own stop_strings come with a tokenizer too, and with its contract
         as_text = tokenizer is not None and (verbose or kwargs.get("stop_strings") is None)
         device = self._place_of(self.get_input_embeddings())
-        if device.type == "cpu":
-            _mind_a_fork()
+        _mind_a_fork(device)
         prompts = read_prompts(input_ids if inputs is None else inputs, attention_mask, self.config, device)
         cap = self.config.text_config.max_position_embeddings
         call = resolve(
@@ -512,9 +511,10 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         return answer, histories[0] if len(rows) == 1 else histories, statistics
 
 
-def _mind_a_fork() -> None:
+def _mind_a_fork(device: torch.device) -> None:
     """In a process forked after the model was loaded, torch would wait for ever for threads that its parent had."""
-    if LOADED_IN and os.getpid() not in LOADED_IN and torch.get_num_threads() > 1:
+    forked = LOADED_IN and os.getpid() not in LOADED_IN
+    if forked and device.type == "cpu" and torch.get_num_threads() > 1:
         logger.warning(
             "this process was forked after the model was loaded; generate() sets torch's threads from "
             f"{torch.get_num_threads()} to 1, for more do not survive a fork. Load the model in the child to use them."

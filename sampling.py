@@ -232,18 +232,20 @@ class Sampler:
             return warpers(ids, logits[0])[None]
         # as far as the draft holds, so that they are asked what next-token decoding would ask them, and no more
         lines: list[torch.Tensor] = []
-        for line in range(row.drafted + 1):
+        while not lines or (len(lines) <= row.drafted and self.holds(row, slot, lines)):
+            line = len(lines)
             behind = self.tokens[slot : slot + 1, : row.committed + line].clone()
             lines.append(warpers(behind, logits[0, line : line + 1]))
-            probabilities = lines[-1].softmax(-1)
-            if row.settings.recipe.samples:
-                token = draw_with(self.noise(row, line + 1, logits)[line:], probabilities)
-            else:
-                token = probabilities.argmax(-1)
-            ended = int(token) in self.last
-            if ended or line == row.drafted or token != self.tokens[slot, row.committed + line]:
-                break
         return torch.cat([*lines, logits[0, len(lines) :]])[None]
+
+    def holds(self, row: Any, slot: int, lines: list[torch.Tensor]) -> bool:
+        """Whether the draft's next token is the one that the last of these lines `[1, V]` gives, and no end."""
+        probabilities = lines[-1].softmax(-1)
+        if row.settings.recipe.samples:
+            token = int(draw_with(self.noise(row, len(lines), probabilities)[-1:], probabilities))
+        else:
+            token = int(probabilities.argmax(-1))
+        return token not in self.last and token == int(self.tokens[slot, row.committed + len(lines) - 1])
 
     def hold_back(self, logits: torch.Tensor, lines: list[tuple[int, int]]) -> torch.Tensor:
         """Forbids the end in (place, line)s of rows that are to grow longer."""

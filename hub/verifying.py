@@ -7,6 +7,7 @@ that is offline, so that nothing but them can be loaded, answers with them and w
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -165,10 +166,10 @@ def _answers(expected: Publication, revision: str | None, folder: Path, image: P
         wanted = revision if name == expected.repo else expected.origin.commit
         with hub_errors("repo", name, wanted):
             snapshots[name] = snapshot_download(name, revision=wanted, cache_dir=cache, allow_patterns=list(files))
-    if revision:
-        # transformers 4.57 looks on main whether there is a processor's config, and then reads it at the revision
+    # That there is none must be in the cache too; transformers 4.57 looks for it on main, and reads it at the revision
+    for name, wanted in itertools.product(("processor_config.json", "preprocessor_config.json"), (None, revision)):
         with hub_errors("repo", expected.repo), contextlib.suppress(EntryNotFoundError):
-            hf_hub_download(expected.repo, "processor_config.json", cache_dir=cache)
+            hf_hub_download(expected.repo, name, revision=wanted, cache_dir=cache)
     whole = snapshots[expected.origin.name if expected.kind == CODE_ONLY else expected.repo]
     local = assemble(whole, folder / "local")
     asked = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hub.assembly
-from hub.assembly import assemble, remote_code_files, switch_auto_map
+from hub.assembly import assemble, readable_size, remote_code_files, switch_auto_map
 from hub.errors import AssemblyError
 from upload_to_hub import main
 
@@ -368,6 +368,31 @@ def test_interrupted_build_leaves_what_was_there(base, target, monkeypatch, erro
         assemble(base, target, overwrite=True)
     assert (target / "mark").read_text() == "the first build"
     assert os.listdir(target.parent) == ["built"]
+
+
+def test_a_build_that_cannot_take_its_place_leaves_what_was_there(base, target, monkeypatch):
+    assemble(base, target)
+    (target / "mark").write_text("the first build")
+    rename = Path.rename
+
+    def refuse(path, other):
+        if path.name == "new":
+            raise PermissionError("no")
+        return rename(path, other)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        assemble(base, target, overwrite=True)
+    assert (target / "mark").read_text() == "the first build"
+    with pytest.raises(PermissionError):
+        assemble(base, target.parent / "other")
+    assert os.listdir(target.parent) == ["built"]
+
+
+def test_sizes_are_said_in_their_unit():
+    assert list(map(readable_size, (0, 999, 1500, 2_500_000, 7_660_000_000))) == [
+        "0 B", "999 B", "1.5 kB", "2.5 MB", "7.66 GB",
+    ]  # fmt: skip
 
 
 def test_dry_run_prints_operations_and_writes_nothing(base, target, capsys):

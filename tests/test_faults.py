@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import signal
+import sys
 import threading
 import traceback
 import weakref
@@ -348,6 +349,21 @@ def test_a_forked_process_answers(threads):
     os.waitpid(child, 0)
     assert told and pickle.loads(told) == expected
     assert strip(batch, batch.run()) == expected
+
+
+def test_after_a_fork_the_threads_are_set_once_and_said(monkeypatch, caplog):
+    """The same in this process, which takes itself for a fork of another."""
+    batch = batch_of(2)
+    expected = strip(batch, batch.run())
+    module = sys.modules[type(batch.model).__module__]
+    monkeypatch.setattr(module, "LOADED_IN", {os.getpid() + 1})
+    threads = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    warned = []
+    monkeypatch.setattr(module.logger, "warning", warned.append)
+    assert strip(batch, batch.run()) == strip(batch, batch.run()) == expected
+    assert threads == [2, 1] and len(warned) == 1 and "was forked after the model was loaded" in warned[0]
 
 
 # ---- memory is given back

@@ -121,6 +121,9 @@ def test_max_length_counts_a_rows_own_tokens():
     new = output[:, batch.input_ids.shape[1] :].tolist()
     assert new[0][:3] == cases[0]["output_ids"][:3] and set(new[0][3:]) == {batch.model.config.pad_token_id}
     assert new[1] == cases[1]["output_ids"][:9]
+    config = GenerationConfig(max_length=limits[1])
+    one = batch.model.generate(**Batch("shapes", cases[1:]).inputs, generation_mode="slow", generation_config=config)
+    assert one[0, lengths[1] :].tolist() == cases[1]["output_ids"][:9]
 
 
 def test_eos_token_id_adds_ends(batch):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from locateanything.configuration import LocateAnythingConfig
-from locateanything.loading import CheckedLoading, read_shapes
+from locateanything.loading import CheckedLoading, check_tokenizer, read_shapes
 from locateanything.modeling_locateanything_batched import LocateAnythingBatchedForConditionalGeneration
 from tests.conftest import CHECKPOINTS, GOLDENS
 from upload_to_hub import assemble, remote_code_files
@@ -200,6 +200,51 @@ def test_another_tokenizer_is_refused_unread(folder, unread):
         Model.from_pretrained(folder)
 
 
+def test_a_tokenizer_in_any_of_its_files_is_read(folder, unread):
+    """Without added_tokens.json, as transformers 5 writes it; a file that names no tokens tells nothing."""
+    (folder / "added_tokens.json").unlink(missing_ok=True)
+    config = LocateAnythingConfig.from_pretrained(folder)
+    check_tokenizer(folder, config)
+    decoder = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    (folder / "tokenizer_config.json").write_text("{}")
+    entries = [{"id": int(index), "content": entry["content"]} for index, entry in decoder.items()]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": entries}))
+    check_tokenizer(folder, config)
+    (folder / "tokenizer.json").write_text("{}")
+    check_tokenizer(folder, config)  # by now nothing tells of tokens
+    (folder / "added_tokens.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"added_tokens\.json: holds a list; expected a JSON object"):
+        check_tokenizer(folder, config)
+
+
+def test_weights_under_other_names_are_not_compared(folder):
+    state = load_file(OFFICIAL / "model.safetensors")
+    save_file({f"old.{name}": value for name, value in state.items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="its weights lack"):
+        Model.from_pretrained(folder)
+    model = Model.from_pretrained(folder, key_mapping={r"^old\.": ""})
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+
+
+def test_tied_embeddings_need_no_head(folder):
+    """And with a head of their own, as the official checkpoint has it, the head is needed."""
+    state = load_file(OFFICIAL / "model.safetensors")
+    head = state.pop("language_model.lm_head.weight")
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    for tied in (False, True):
+        config = copy.deepcopy(CONFIG)
+        for part in (config, config["text_config"]):
+            part["tie_word_embeddings"] = tied
+        (folder / "config.json").write_text(json.dumps(config))
+        if tied:
+            model = Model.from_pretrained(folder)
+            assert torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+        else:
+            with pytest.raises(ValueError, match=r"its weights lack language_model\.lm_head\.weight;"):
+                Model.from_pretrained(folder)
+    assert head.shape == model.get_output_embeddings().weight.shape
+
+
 # ---------------------------------------------------------------------------------------------- configuration
 
 OURS = [
@@ -248,6 +293,7 @@ def test_a_damaged_config_is_refused_or_makes_sense(changes):
         (None, {"pad_token_id": 420}, "pad_token_id=420 .*is a token role too"),
         (None, {"pad_token_id": 1440}, "outside the vocabulary of 1440: {'pad': 1440}"),
         (None, {"box_start_token_id": True}, "outside the vocabulary"),
+        (None, {"mlp_connector_layers": 3}, "mlp_connector_layers=3: the projector of this model has 2 layers"),
         (None, {"text_config": [1]}, "text_config is a list"),
         (None, {"vision_config": "x"}, "vision_config is a str"),
         ("text_config", {"num_hidden_layers": 10**9}, "text_config.num_hidden_layers is 1000000000"),

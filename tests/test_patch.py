@@ -728,6 +728,41 @@ def test_anothers_later_hook_stays():
             PreTrainedModel.__init_subclass__ = before
 
 
+def test_other_models_may_be_defined_meanwhile_and_later(stock):
+    """Also below a hook that another library put before ours, and one that still calls ours when it is over."""
+    heard = []
+    before = transformers_hook()
+    if before is not None:
+        del PreTrainedModel.__init_subclass__
+    patch.apply()
+    patch.revert()
+    assert transformers_hook() is None
+    PreTrainedModel.__init_subclass__ = theirs = classmethod(lambda cls, **kwargs: heard.append(cls.__name__))
+    try:
+        patch.apply()
+        ours = PreTrainedModel.__dict__["__init_subclass__"]
+        cls = type("Other", (PreTrainedModel,), {})
+        assert heard == ["Other"] and "generate" not in vars(cls)
+        later = import_stand_in()
+        assert "generate" in vars(later) and patch.status().classes
+        patch.revert()
+        assert transformers_hook() is theirs
+        PreTrainedModel.__init_subclass__ = ours  # what a library does that remembers hooks
+        left = import_stand_in()
+        assert not hasattr(vars(left)["generate"], "drop_in") and not patch.status().classes
+    finally:
+        del PreTrainedModel.__init_subclass__
+        if before is not None:
+            PreTrainedModel.__init_subclass__ = before
+
+
+def test_what_is_reverted_inside_a_block_stays_so(stock):
+    patch.apply(stock)
+    with patch.applied(stock):
+        patch.revert(stock)
+    assert "generate" not in vars(stock) and patch.status().instances == ()
+
+
 def test_an_empty_batch_names_what_is_missing():
     with pytest.raises(ValueError, match=r"got no input_ids and no attention_mask; its inputs have no entries\."):
         patch.left_padded({})

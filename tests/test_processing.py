@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -660,6 +661,13 @@ def test_malformed_golden_answers_are_read():
     for by_ids, by_text in zip(rows, read, strict=True):
         assert by_ids["labels"] == by_text["labels"]
         assert torch.equal(by_ids["boxes"], by_text["boxes"])
+
+
+def test_a_tokenizer_that_swallows_slots_is_noticed(processor):
+    odd = copy.deepcopy(processor)
+    odd.tokenizer.add_tokens(["<img><IMG_CONTEXT>"], special_tokens=True)
+    with pytest.raises(ValueError, match=r"text 0: was tokenised to \d+ image slots; its images need \d+"):
+        odd(text="<image-1>What?", images=[WIDE])
 
 
 # ---------------------------------------------------------------------------------------------- loading

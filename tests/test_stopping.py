@@ -70,6 +70,10 @@ FIRST = box(100, 40, 105, 300)
         (row(40, 10, 20), None),  # lamps
         ("".join(box(x, 40 + x, x + 5, 300) for x in range(100, 150, 5)), None),  # not alike
         ("".join(box(x * x, 40, x * x + 5, 300) for x in range(10)), None),  # no equal steps
+        (row(9, 5, 5) + "<ref>b</ref>" + box(145, 40, 150, 300), None),  # another thing
+        (f"<ref>a</ref>,{A * 3}", f"<ref>a</ref>,{A}"),
+        (f"<ref>a</ref><ref>b</ref>{A}<ref>c</ref>{A * 2}", None),
+        ("".join(f"<box><1><2><3>{'abcdefghij'[i]}</box>" for i in range(10)), None),  # no coordinates
         ("".join(box(x, y) for x in range(0, 100, 4) for y in range(0, 8, 4)), None),
     ],
 )
@@ -213,6 +217,22 @@ def test_the_stock_call_gives_the_cut_text_and_its_history():
     # a step that completes a repetition adds nothing; what earlier steps said has been heard
     heard = case["input_ids"] + case["output_ids"]
     assert heard[: len(listener.heard)] == listener.heard and len(listener.heard) >= len(case["input_ids"]) + cut(case)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_the_plain_models_own_generate_is_slow(use_cache):
+    """transformers' generate on the class below ours; the checkpoint's config leaves the cache off."""
+    from locateanything.modeling_locateanything_batched import LocateAnythingForConditionalGeneration
+    from tests.conftest import CHECKPOINTS
+
+    model = LocateAnythingForConditionalGeneration.from_pretrained(CHECKPOINTS["shapes"]).eval()
+    slow = (case for case in cases_of("shapes") if case["generation_mode"] == "slow" and "seed" not in case)
+    case = next(case for case in slow if case["num_tokens"] > 8 and "repetition_penalty" not in case)
+    batch = Batch("shapes", [case])
+    output = model.generate(
+        **batch.inputs, max_new_tokens=case["max_new_tokens"], do_sample=False, use_cache=use_cache, pad_token_id=0
+    )
+    assert output[0, len(case["input_ids"]) :].tolist() == case["output_ids"]
 
 
 def test_transformers_generate_takes_it_too():

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from hub import publishing
 from hub.assembly import WEIGHT_PATTERNS, Step, remote_code_files
@@ -344,6 +345,12 @@ def test_verify_compares_files_and_answers(hub, script, published):
     assert said.endswith("The same.\n")
 
 
+def test_verify_of_a_repository_of_its_own(hub, script, published):
+    assert script("verify", OWN_REPO).endswith("The same.\n")
+    script("repo", "ada/broken", "--base", SHARDED)  # whose shards are random bytes
+    assert "repo: ada/broken does not load offline: " in script("verify", "ada/broken", code=1)
+
+
 def test_verify_does_not_run_what_differs(hub, script, published):
     for name in (OWN_REPO, CODE_REPO):
         assert "compare" in script("verify", name, "--dry-run")
@@ -522,6 +529,7 @@ def test_folder_as_base_private_repository(hub, script):
         (("publish", "ada/x"), WRITER, "command: got 'publish', expected one of assemble, repo, code, pr, verify"),
         (("repo", "ada/x", "--base", ""), WRITER, "base: got an empty text"),
         (("verify", "ada/x", "--revision", ""), WRITER, "revision: got an empty text"),
+        (("pr", OWN_REPO), WRITER, f"repo: {OWN_REPO} holds this code already"),
         (("pr", BASE), "hf_töken", "token: it holds other characters than a token does"),
         (("verify", "nobody/nothing"), "", "repo: nobody/nothing is no hub repository"),
         (("repo", "ada/x", "--base", "nobody/nothing"), WRITER, "base: nobody/nothing is neither a folder nor"),
@@ -539,7 +547,7 @@ def test_folder_as_base_private_repository(hub, script):
         (("verify", BASE, "--image", "absent.png"), WRITER, "image: absent.png is no file"),
     ],
 )
-def test_refusals_are_one_line(hub, script, arguments, token, message):
+def test_refusals_are_one_line(hub, script, published, arguments, token, message):
     if "org/gated" not in hub.repos:
         hub.add("org/gated", checkpoint(), gated=True)
         hub.add("ada/bert", {"config.json": b'{"model_type": "bert"}'})
@@ -635,6 +643,26 @@ def test_a_hub_that_says_nothing_is_left(monkeypatch):
         plan_pull_request("a/b")
     with pytest.raises(AssemblyError, match=r"timed out after 30\.0"):
         plan_repository("a/b", "a/c")
+
+
+def test_a_hub_that_fails_is_not_taken_for_one_without_the_repository(hub, script):
+    hub.fail("GET", r"^/api/models/ada/fails", 500, times=20)
+    assert "HTTP 500" in script("repo", "ada/fails", "--base", BASE, code=1)
+
+
+def test_an_offline_client_says_so():
+    with pytest.raises(PublishError, match="switched off by HF_HUB_OFFLINE"), hub_errors("repo", "a/b"):
+        raise OfflineModeIsEnabled
+
+
+def test_a_pull_request_to_a_base_without_a_processor_config(hub, script):
+    """The official repository has one; a fine-tune's may not, and then transformers reads the preprocessor's."""
+    tokenizer = (CHECKPOINTS["shapes"] / "tokenizer_config.json").read_bytes()
+    files = {name: data for name, data in checkpoint().items() if name != "processor_config.json"}
+    hub.add("org/fewer", {**files, "tokenizer_config.json": tokenizer})
+    script("pr", "org/fewer", token=READER)
+    assert "processor_config.json" not in hub.repos["org/fewer"].files("refs/pr/1")
+    assert script("verify", "org/fewer", "--revision", "refs/pr/1", token=READER).endswith("The same.\n")
 
 
 def test_the_line_of_an_error_that_says_why():
