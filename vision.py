@@ -22,29 +22,29 @@ ROPE_BASE = 10000.0
 
 
 class PackedImages:
-    """Where each image lies in a packed sequence of patches, and the position tables of its patches.
+    """Where each image lies in a packed sequence of patches, and the rotations of its patches.
 
     Args:
         sizes: (rows, columns) in patches of each image, in packed order.
-        cos, sin: `[patches, head_dim / 2]` float32.
+        rotations: `[patches, head_dim / 2]` complex64, of length 1.
     """
 
-    def __init__(self, sizes: list[tuple[int, int]], cos: torch.Tensor, sin: torch.Tensor):
+    def __init__(self, sizes: list[tuple[int, int]], rotations: torch.Tensor):
         self.lengths = [h * w for h, w in sizes]
-        self.cos, self.sin = cos, sin
+        self.rotations = rotations
 
     def to(self, device: torch.device, **kwargs) -> PackedImages:
         """accelerate calls this when the next block lives on another device."""
-        moved = PackedImages([], self.cos.to(device, **kwargs), self.sin.to(device, **kwargs))
+        moved = PackedImages([], self.rotations.to(device, **kwargs))
         moved.lengths = self.lengths
         return moved
 
 
-def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding on neighbouring pairs, in float32. x: `[L, heads, D]`; cos, sin: `[L, D / 2]`."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+def rotate_pairs(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding on neighbouring pairs, in float32. x: `[L, …, D]`; rotations: `[L, D / 2]` complex64."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    rotations = rotations.view(len(rotations), *[1] * (x.dim() - 2), -1)
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
 def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> torch.Tensor:
@@ -117,8 +117,9 @@ class MoonViTBlock(nn.Module):
 
     def attend(self, qkv: torch.Tensor, images: PackedImages) -> torch.Tensor:
         """qkv: `[patches, 3 * hidden]` → `[patches, hidden]`; full attention inside each image."""
-        query, key, value = qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(1)
-        query, key = rotate_pairs(query, images.cos, images.sin), rotate_pairs(key, images.cos, images.sin)
+        heads = qkv.unflatten(-1, (3, self.heads, self.head_dim))
+        query, key = rotate_pairs(heads[:, :2], images.rotations).unbind(1)
+        value = heads[:, 2]
         attention = vision_attention_function(self.config._attn_implementation)
         return attention(self, query, key, value, images.lengths).flatten(1)
 
@@ -241,7 +242,7 @@ class MoonViTModel(PreTrainedModel):
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         tables = {size: rotary_table(*size, head_dim, device) for size in set(sizes)}
         angles = torch.cat([tables[size] for size in sizes])
-        return PackedImages(sizes, angles.cos(), angles.sin())
+        return PackedImages(sizes, torch.complex(angles.cos(), angles.sin()))
 
     def merge(self, features: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """`[height * width, C]` → `[tokens, rows * columns * C]`."""

@@ -82,10 +82,14 @@ def test_rotary_pairs_alternate_column_and_row():
     expected = [column, row, column * 10000 ** (-4 / 8), row * 10000 ** (-4 / 8)]
     torch.testing.assert_close(angles[row * width + column], torch.tensor(expected))
     x = torch.randn(15, 2, head_dim)
-    rotated = torch.view_as_real(
-        torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(15, 1, 4), angles[:, None])
-    ).flatten(-2)
-    torch.testing.assert_close(rotate_pairs(x, angles.cos(), angles.sin()), rotated)
+    rotated = torch.empty_like(x)
+    for pair, angle in enumerate(angles.T):
+        one, two, cos, sin = x[..., 2 * pair], x[..., 2 * pair + 1], angle.cos()[:, None], angle.sin()[:, None]
+        rotated[..., 2 * pair], rotated[..., 2 * pair + 1] = one * cos - two * sin, one * sin + two * cos
+    rotations = torch.complex(angles.cos(), angles.sin())
+    torch.testing.assert_close(rotate_pairs(x, rotations), rotated)
+    both = torch.stack((x, -x), 1)[..., :4]  # more dimensions, and not contiguous
+    torch.testing.assert_close(rotate_pairs(both, rotations[:, :2]), torch.stack((rotated, -rotated), 1)[..., :4])
 
 
 def test_merging_takes_two_by_two_in_row_column_order():
