@@ -48,6 +48,9 @@ FIRST = box(100, 40, 105, 300)
         (f"<ref>a</ref>{A}<ref>a</ref>{A}{A}", f"<ref>a</ref>{A}"),
         (f"<ref>a</ref>{A}<ref>b</ref>{A}<ref>c</ref>{A}", None),  # one thing may have several names
         (A + B + A + B + A, None),
+        (A * 3 + "x", None),  # its last token is what must complete a repetition
+        ("".join(map(box, range(8), range(8))) * 3, "".join(map(box, range(8), range(8)))),
+        ("".join(map(box, range(9), range(9))) * 3, None),  # a longer cycle than is looked for
         (A + B + A + B + A + B, A + B),
         ((A + B + D) * 3, A + B + D),
         (D + (A + B) * 3, D + A + B),
@@ -63,6 +66,21 @@ FIRST = box(100, 40, 105, 300)
         ("".join(box(x + 5, 300, x, 40) for x in range(100, 150, 5)), box(105, 300, 100, 40)),  # corners the other way
         ("".join(box(x, 40 + x % 2, x + 5, 300) for x in range(100, 150, 5)), FIRST),
         (row(9, 5, 5), None),
+        (D + row(10, 5, 5), D + FIRST),  # whatever came before
+        (row(10, 1, 1), box(100, 40, 101, 300)),
+        (row(10, 5, 1), FIRST),
+        (row(10, 5, -1), FIRST),
+        (row(10, 0, 1), box(100, 40, 100, 300)),
+        (row(10, 0, 2), None),
+        (row(10, 6, 6), None),  # too thick
+        (row(10, 5, 5, start=0), box(0, 40, 5, 300)),
+        (row(10, 5, 5, start=950), box(950, 40, 955, 300)),  # up to 1000
+        ("".join(box(x, (40, 300)[x % 2], x + 5, (300, 40)[x % 2]) for x in range(100, 150, 5)), FIRST),
+        ("".join(box(x, 40 + 2 * (x % 2), x + 5, 300) for x in range(100, 150, 5)), None),
+        ("".join(box(40 + x % 2 * 50, x, 300, x + 5) for x in range(100, 150, 5)), None),
+        ("".join(box(x, 40, x + 5 + x % 2, 300) for x in range(100, 150, 5)), None),  # every other too thick
+        ("".join(box(100 + i // 2, 40, 105 + i // 2, 300) for i in range(10)), None),  # each said twice
+        ("".join(box(x, 40, x + 5, 300) for x in (100 + (11 * i + 1) // 2 for i in range(10))), None),  # steps 5, 6
         (row(10, 5, 6), None),  # apart
         (row(40, 18, 20, axis=1), None),  # rows of a table
         (row(40, 14, 16, axis=1), None),  # lines of a text
@@ -85,6 +103,32 @@ def test_what_is_kept(answer, kept):
         assert criterion(torch.tensor([ids]), None).tolist() == [kept is not None]
 
 
+def test_other_tokens_do_not_march():
+    """Ids in equal steps that are no coordinates, or pass the last of them."""
+    for first in (ROLES.coord_start - 60, ROLES.coord_end - 48):
+        rows = [(first + 5 * i, ROLES.coord_start, first + 5 * i + 5, ROLES.coord_start + 9) for i in range(10)]
+        ids = [token for inside in rows for token in (ROLES.box_start, *inside, ROLES.box_end)]
+        assert DegenerateAnswerCriteria(ROLES).answer_to_keep(ids) is None
+
+
+def test_what_is_said():
+    def said(text: str, most: int = 9) -> list[tuple]:
+        """(what comes before its start, label, inside) of each box."""
+        ids = ids_of(text)
+        found = read_boxes(ids, ROLES, most)
+        decode = tokenizer_of("shapes").decode
+        return [(decode(ids[: one.start]), decode(one.label), decode(one.inside)) for one in found]
+
+    assert said("") == said("<ref>a</ref>") == said("<ref>a</ref><box><1>") == said("<1></box>") == []
+    assert said(A + NONE) == [("", "", "<1><2><3><4>"), (A, "", "none")]
+    assert said(A + B + D, most=2) == [(A, "", "<5><6><7><8>"), (A + B, "", "<9><9>")]
+    assert said(f"<ref>a</ref>{A}{D}") == [("", "a", "<1><2><3><4>"), (f"<ref>a</ref>{A}", "a", "<9><9>")]
+    assert said(f"<ref>a</ref>, {A}<ref>b</ref>") == [("<ref>a</ref>, ", "a", "<1><2><3><4>")]
+    assert said(f"<ref>a</ref><ref>b</ref>{D}") == [("<ref>a</ref>", "b", "<9><9>")]
+    assert said(f"<ref>{D}") == [("<ref>", "", "<9><9>")] and said(f"a</ref>{D}") == [("a</ref>", "", "<9><9>")]
+    assert said(f"<ref>a{D}</ref>{D}") == [("<ref>a", "", "<9><9>"), (f"<ref>a{D}</ref>", "", "<9><9>")]
+
+
 def test_numbers_are_arguments():
     twice, cycle = ids_of(A + A), ids_of((A + B) * 3)
     assert DegenerateAnswerCriteria(ROLES, times=2).answer_to_keep(twice) == len(ids_of(A))
@@ -93,12 +137,24 @@ def test_numbers_are_arguments():
     slivers = ids_of(row(3, 5, 5))
     assert DegenerateAnswerCriteria(ROLES, march=3).answer_to_keep(slivers) == len(ids_of(A))
     assert DegenerateAnswerCriteria(ROLES, march=3, thin=4).answer_to_keep(slivers) is None
+    assert DegenerateAnswerCriteria(ROLES, march=3, thin=0).answer_to_keep(ids_of(row(3, 0, 1))) == len(ids_of(A))
     assert DegenerateAnswerCriteria(ROLES, march=0).answer_to_keep(ids_of(row(20, 5, 5))) is None
     assert DegenerateAnswerCriteria(ROLES, times=2, prompt_length=6)(torch.tensor([twice]), None).tolist() == [False]
 
 
 @pytest.mark.parametrize(
-    "options", [{"period": 0}, {"times": 1}, {"march": 2}, {"thin": -1}, {"period": True}, {"times": 2.5}]
+    "options",
+    [
+        {"period": 0},
+        {"times": 1},
+        {"march": 2},
+        {"march": 1},
+        {"march": -1},
+        {"thin": -1},
+        {"prompt_length": -1},
+        {"period": True},
+        {"times": 2.5},
+    ],
 )
 def test_numbers_out_of_range_are_named(options):
     (name,) = options
