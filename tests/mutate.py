@@ -14,6 +14,7 @@ import copy
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,6 @@ from typing import Any
 
 import hypothesis
 import pytest
-
-SECONDS = 90  # a mutant that takes longer is an endless loop
 
 COMPARISONS: dict[type, list[type]] = {
     ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn],
@@ -151,10 +150,13 @@ class Mutation:
         self.file, self.name = file, f"locateanything.{file.stem}"
         self.tree = ast.parse(file.read_text(encoding="utf-8"))
         self.tried = self.survived = 0
+        self.seconds = 0  # that a mutant may take; 0 for any number
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        started = time.monotonic()
         if not self.passes(session, self.tree):
             pytest.exit("the tests fail without any change", returncode=2)
+        self.seconds = 10 + 3 * int(time.monotonic() - started)  # more is an endless loop
         before = ast.unparse(self.tree).splitlines()
         for path, node in sites(self.tree):
             for new in variants(node):
@@ -173,7 +175,7 @@ class Mutation:
         child = os.fork()
         if not child:
             try:
-                signal.alarm(SECONDS)
+                signal.alarm(self.seconds)
                 quiet = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(quiet, 1)
                 os.dup2(quiet, 2)
