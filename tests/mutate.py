@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib
 import os
 import signal
 import sys
@@ -191,7 +192,7 @@ class Mutation:
 
     def take_the_place(self, tree: ast.Module) -> None:
         """Runs the mutant as a module, and gives its functions and classes to all who have imported the file's."""
-        old, new = sys.modules[self.name], types.ModuleType(self.name)
+        old, new = importlib.import_module(self.name), types.ModuleType(self.name)
         new.__package__, new.__file__ = old.__package__, old.__file__
         sys.modules[self.name] = new
         exec(compile(tree, str(self.file), "exec"), new.__dict__)

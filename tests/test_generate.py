@@ -241,6 +241,23 @@ def test_min_new_tokens_holds_the_end_back(mode):
     assert batch.answers(short) == batch.expected(), "nothing is held back from rows that are long enough"
 
 
+@pytest.mark.parametrize("mode", ["slow", "verified", "fast"])
+def test_the_least_length_is_counted_without_the_end(mode):
+    """As transformers does: of min_new_tokens=n, the end may be token n + 1."""
+    end = Batch("shapes", greedy("slow", 1)).model.config.text_config.eos_token_id
+    for case in greedy("fast" if mode == "fast" else "slow", 6):
+        ids = case["output_ids"]
+        if ids[-1] != end:
+            continue
+        batch = Batch("shapes", [case])
+        new = []
+        for least in (len(ids) - 1, len(ids)):
+            limits = {"min_new_tokens": least, "max_new_tokens": case["max_new_tokens"] + 12}
+            output = batch.model.generate(**batch.inputs, generation_mode=mode, **limits)
+            new.append(output[0, batch.input_ids.shape[1] :].tolist())
+        assert new[0] == ids and new[1][: len(ids) - 1] == ids[:-1] and new[1][len(ids) - 1] != end
+
+
 def test_a_stock_call_does_not_look_at_the_models_generation_config(lone):
     default = lone.model.generation_config
     try:
