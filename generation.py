@@ -233,10 +233,12 @@ class GenerationLoop:
             while self.active or self.waiting:
                 try:
                     self.fill_slots()
-                    if self.active:
-                        self.commit(self.decide(self.forward()))
+                    lines = self.commit(self.decide(self.forward())) if self.active else []
                 except torch.OutOfMemoryError as error:
                     self.halve(error)
+                    continue
+                # Not tried again: a row's draw is spent once the row beside it, a criterion or a streamer has its own
+                self.hand_out(lines)
             if self.streamer is not None:
                 self.streamer.end()
         finally:
@@ -484,8 +486,12 @@ class GenerationLoop:
         scores = probabilities.gather(-1, tokens).squeeze(-1).log()
         return F.pad(scores, (0, WINDOW - scores.shape[1]))
 
-    def commit(self, decided: Decided) -> None:
-        """Accepted tokens join their rows, on the device and, by the step's only copy, on the host."""
+    def commit(self, decided: Decided) -> list[tuple[list[int], list[float]]]:
+        """Accepted tokens join their rows on the device; the step's only copy brings them to the host.
+
+        Returns:
+            Of each active row its tokens and flags, for `hand_out`, and its tokens' scores.
+        """
         accepted, scores, faults = decided
         rows = len(self.active)
         column = torch.arange(accepted.tokens.shape[1], device=self.device)
@@ -507,8 +513,12 @@ class GenerationLoop:
         lines = torch.cat(parts, 1).cpu()
         self.sampler.keep_draws()
         scored = lines[:, -WINDOW:].int().view(torch.float32).tolist() if self.scored else [[]] * rows
-        for row, line, values in zip(self.active, lines.tolist(), scored, strict=True):
-            length, drafted, autoregressive, verified, finished, fault = line[WINDOW : WINDOW + len(flags)]
+        return list(zip(lines.tolist(), scored, strict=True))
+
+    def hand_out(self, lines: list[tuple[list[int], list[float]]]) -> None:
+        """Accepted tokens join their rows on the host; the caller's criteria and streamer hear of them."""
+        for row, (line, values) in zip(self.active, lines, strict=True):
+            length, drafted, autoregressive, verified, finished, fault = line[WINDOW : WINDOW + 6]
             if fault:
                 row.forwards += 1
                 row.steps.append((row.phase, 0))

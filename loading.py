@@ -8,7 +8,6 @@ import copy
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,29 +115,37 @@ def check_tokenizer(folder: Path, config: LocateAnythingConfig) -> None:
     Raises:
         ValueError: ids that differ, tokens that are missing, a file that is no JSON.
     """
-    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
-        ids = _added_tokens(_read_json(folder / name)) if (folder / name).is_file() else {}
-        if ids:
-            break
-    else:
-        return
-    for token, role in TOKENS.items():
-        expected = getattr(config.token_roles, role)
-        if ids.get(token) != expected:
-            raise ValueError(
-                f"{folder / name}: {token} has the id {ids.get(token)}, but the config's {role} is {expected}; "
-                "the tokenizer is another model's."
-            )
+    # all of them, for which one a tokenizer is made of depends on the release of transformers
+    paths = (folder / name for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"))
+    named = {path: ids for path in paths if path.is_file() and (ids := _added_tokens(path))}
+    known = set().union(*named.values())
+    for path, ids in named.items():
+        for token, role in TOKENS.items():
+            expected, found = getattr(config.token_roles, role), ids.get(token)
+            if found != expected and (token in ids or token not in known):
+                raise ValueError(
+                    f"{path}: {token} has the id {found}, but the config's {role} is {expected}; "
+                    "the tokenizer is another model's."
+                )
 
 
-def _added_tokens(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Ids by token, of any of the three files that may hold them."""
-    if isinstance(content.get("added_tokens_decoder"), dict):
-        entries = content["added_tokens_decoder"].items()
-        return {entry.get("content"): int(index) for index, entry in entries if str(index).isdigit()}
-    if isinstance(content.get("added_tokens"), list):
-        return {entry.get("content"): entry.get("id") for entry in content["added_tokens"]}
-    return {token: index for token, index in content.items() if isinstance(index, int)}
+def _added_tokens(path: Path) -> dict[str, Any]:
+    """Ids by token, of any of the three files that may hold them; {} if it names none of the model's tokens.
+
+    Raises:
+        ValueError: tokens in another form than transformers writes.
+    """
+    content = _read_json(path)
+    try:
+        if "added_tokens_decoder" in content:
+            ids = {entry["content"]: int(index) for index, entry in content["added_tokens_decoder"].items()}
+        elif "added_tokens" in content:
+            ids = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+        else:
+            ids = content
+        return ids if any(token in ids for token in TOKENS) else {}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: has damaged tokens ({type(error).__name__}: {error}).") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -42,14 +42,14 @@ from .loading import CheckedLoading
 from .prefill import Entry  # noqa: F401
 from .prompts import PATCHES_A_PASS, PromptFeatures, left_padded, read_grids, read_prompts
 from .sampling import Sampler  # noqa: F401
-from .settings import resolve
+from .settings import check_number, resolve
 from .stopping import DegenerateAnswerCriteria
 from .vision import MoonViTModel
 
 logger = logging.get_logger(__name__)
 
 ROWS_A_STEP = 32  # beyond, arithmetic takes all the time that memory traffic saves
-LOADED_IN: set[int] = set()  # processes that made a model; a forked one inherits its parent's
+IMPORTED_IN = os.getpid()  # a forked process inherits its parent's
 
 
 @dataclass
@@ -106,6 +106,7 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
                 f"text_config is a {type(config.text_config).__name__} (model_type "
                 f"{config.text_config.model_type!r}); LocateAnything decodes with a Qwen2Config tower."
             )
+        _mind_a_fork()
         super().__init__(config)
         vision, hidden = config.vision_config, config.text_config.hidden_size
         rows, columns = vision.merge_kernel_size
@@ -118,7 +119,6 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         for index, layer in enumerate(self.language_model.model.layers):
             layer.self_attn = WindowAttention(self.language_model.config, index)
         self.post_init()
-        LOADED_IN.add(os.getpid())
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -155,6 +155,7 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         Returns:
             Per image `[tokens, 4 * vision hidden]`, before the projector.
         """
+        _mind_a_fork()
         sizes = read_grids(image_grid_hws, self.config.vision_config, pixel_values.shape[0])
         pixel_values = pixel_values.to(self._place_of(self.vision_model), self.vision_model.dtype)
         features: list[torch.Tensor] = []
@@ -218,6 +219,7 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         Raises:
             ValueError: image slots in `input_ids` do not match the images' tokens.
         """
+        _mind_a_fork()
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("forward() needs input_ids or inputs_embeds; got neither.")
@@ -381,7 +383,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         # transformers' own stop_strings come with a tokenizer too, and with its contract
         as_text = tokenizer is not None and (verbose or kwargs.get("stop_strings") is None)
         device = self._place_of(self.get_input_embeddings())
-        _mind_a_fork(device)
+        _mind_a_fork()
         prompts = read_prompts(input_ids if inputs is None else inputs, attention_mask, self.config, device)
         cap = self.config.text_config.max_position_embeddings
         call = resolve(
@@ -402,8 +404,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         generators = self._generators(generator, len(prompts.rows) * repeats)
         if streamer is not None and len(generators) > 1:
             raise ValueError(f"streamer= follows one row; got {len(generators)}.")
-        if max_batch_rows is not None and max_batch_rows < 1:
-            raise ValueError(f"max_batch_rows={max_batch_rows}: expected 1 or more.")
+        if max_batch_rows is not None:
+            check_number("max_batch_rows", max_batch_rows, whole=True, least=1)
         rows = []
         for index, own_generator in enumerate(generators):
             prompt, settings = prompts.rows[index // repeats], call.rows[index // repeats]
@@ -426,7 +428,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             rows,
             self.config.token_roles,
             layers=self.config.text_config.num_hidden_layers,
-            slots=max_batch_rows or self._rows_that_fit(max(row.room for row in rows), device),
+            slots=int(max_batch_rows or 0) or self._rows_that_fit(max(row.room for row in rows), device),
             stops=call.stops,
             criteria=criteria,
             streamer=streamer,
@@ -479,11 +481,15 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
     def _generators(generator: Any, rows: int) -> list[torch.Generator | None]:
         if generator is None or isinstance(generator, torch.Generator):
             return [None] * rows
-        if len(generator) != rows:
+        listed = list(generator) if isinstance(generator, Sequence) else [generator]
+        odd = [one for one in listed if not isinstance(one, torch.Generator)]
+        if odd:
             raise ValueError(
-                f"generator has {len(generator)} generators for {rows} rows; expected one or one per row."
+                f"generator: got a {type(odd[0]).__name__}; expected a torch.Generator or a list of them."
             )
-        return list(generator)
+        if len(listed) != rows:
+            raise ValueError(f"generator has {len(listed)} generators for {rows} rows; expected one or one per row.")
+        return listed
 
     @staticmethod
     def _as_text(rows: list[Row], tokenizer: Any, verbose: bool, started: float) -> Any:
@@ -511,13 +517,12 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         return answer, histories[0] if len(rows) == 1 else histories, statistics
 
 
-def _mind_a_fork(device: torch.device) -> None:
-    """In a process forked after the model was loaded, torch would wait for ever for threads that its parent had."""
-    forked = LOADED_IN and os.getpid() not in LOADED_IN
-    if forked and device.type == "cpu" and torch.get_num_threads() > 1:
+def _mind_a_fork() -> None:
+    """In a process forked after this code was imported, torch would wait for ever for threads that its parent had."""
+    if os.getpid() != IMPORTED_IN and torch.get_num_threads() > 1:
         logger.warning(
-            "this process was forked after the model was loaded; generate() sets torch's threads from "
-            f"{torch.get_num_threads()} to 1, for more do not survive a fork. Load the model in the child to use them."
+            "this process was forked from one that had imported this code; torch's threads do not survive a fork and "
+            f"are set from {torch.get_num_threads()} to 1. Start processes with spawn to have more."
         )
         torch.set_num_threads(1)
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
-import torch
 from transformers import GenerationConfig
 
 MODES = ("hybrid", "fast", "slow", "verified")
@@ -22,7 +23,9 @@ _WITHOUT_EFFECT = (
     *("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "guidance_scale", "penalty_alpha"),
     *("dola_layers", "prompt_lookup_num_tokens", "num_beam_groups", "force_words_ids", "constraints"),
     *("cache_implementation", "diversity_penalty", "assistant_early_exit", "synced_gpus"),
+    "exponential_decay_length_penalty",
 )
+LEAST, MOST = 1e-30, 1e30  # of what logits are divided by; beyond, float32 holds no quotient
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def resolve(
     Args:
         prompt_lengths: tokens of each row's prompt, without padding.
         arguments: `generate`'s keyword arguments that a `GenerationConfig` may take. `_PER_ROW` ones may be a list
-            with one value per row.
+            with one value per row, None where none is given.
         length_cap: no row grows beyond this many tokens.
 
     Raises:
@@ -116,14 +119,13 @@ def resolve(
     spoken = {} if stock_call and given is None else _what_speaks(given, default)
     config = _config(given or default, {name: value for name, value in arguments.items() if value is not None})
     least, least_new = config.min_length or 0, config.min_new_tokens or 0
-
-    def value(name: str, row: int) -> Any:
-        return per_row[name][row] if name in per_row else spoken.get(name)
+    check_number("min_length", least, whole=True, least=0)
+    check_number("min_new_tokens", least_new, whole=True, least=0)
 
     settings = []
     for row, (mode, prompt) in enumerate(zip(modes, prompt_lengths, strict=True)):
-        own = {name: value(name, row) for name in _PER_ROW}
-        explicit = {name for name in _PER_ROW if name in per_row}
+        explicit = {name for name in per_row if per_row[name][row] is not None}
+        own = {name: per_row[name][row] if name in explicit else spoken.get(name) for name in _PER_ROW}
         limit, recipe = _limit(own, prompt, length_cap, row), _recipe(own, explicit, stock_call)
         own_least = max(least, prompt + least_new if least_new else 0)
         # the other modes accept every token by next-token decoding anyway
@@ -131,10 +133,8 @@ def resolve(
         settings.append(RowSettings(mode, limit, recipe, own_least, own_labels))
 
     sequences = 1 if config.num_return_sequences is None else config.num_return_sequences
-    if not isinstance(sequences, int) or sequences < 1:
-        raise ValueError(f"num_return_sequences={sequences!r}: expected a whole number of 1 or more.")
-    stops = config.eos_token_id
-    stops = [] if stops is None else stops.tolist() if isinstance(stops, torch.Tensor) else stops
+    check_number("num_return_sequences", sequences, whole=True, least=1)
+    stops = _ids("eos_token_id", config.eos_token_id)
     pad = config.pad_token_id
     # what the rows' settings and the rules already do must not be done a second time by transformers' factories
     config.eos_token_id = config.max_length = config.max_new_tokens = None
@@ -143,9 +143,9 @@ def resolve(
     config.do_sample, config.repetition_penalty, config.num_beams = False, 1.0, 1
     return CallSettings(
         rows=settings,
-        stops=frozenset([stops] if isinstance(stops, int) else stops) - {end_token_id},
+        stops=frozenset(stops) - {end_token_id},
         pad_token_id=pad_token_id if pad is None else int(pad),
-        num_return_sequences=sequences,
+        num_return_sequences=int(sequences),
         return_dict=bool(config.return_dict_in_generate),
         scored=bool(config.output_scores),
         config=config,
@@ -153,8 +153,8 @@ def resolve(
 
 
 def _per_row(name: str, value: Any, rows: int) -> list[Any]:
-    """One value for every row: a scalar for all, or as many as there are rows."""
-    if isinstance(value, torch.Tensor):
+    """One value for every row: a scalar for all, or as many as there are rows. Also as a tensor or array."""
+    if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, (list, tuple)):
         return [value] * rows
@@ -197,22 +197,38 @@ def _config(base: GenerationConfig, arguments: dict[str, Any]) -> GenerationConf
     return config
 
 
-def _number(name: str, value: Any, whole: bool = False) -> None:
-    """Refuses what is no number, or no whole one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and int(value) != value):
-        raise ValueError(f"{name}={value!r}: expected a {'whole ' if whole else ''}number.")
+def check_number(name: str, value: Any, *, whole: bool = False, least: float | None = None) -> None:
+    """Refuses what is no finite number, no whole one, or too small.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    try:
+        fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        fits = False
+    if not fits or (whole and int(value) != value) or (least is not None and value < least):
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{name}={value!r}: expected {kind}{'' if least is None else f' of {least} or more'}.")
+
+
+def _ids(name: str, value: Any) -> list[int]:
+    """One id or several, as a number, list, tensor or array; None for none."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    ids = [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
+    if not all(isinstance(one, Integral) and not isinstance(one, bool) and one >= 0 for one in ids):
+        raise ValueError(f"{name}={value!r}: expected token ids, whole numbers of 0 or more.")
+    return list(map(int, ids))
 
 
 def _limit(own: dict[str, Any], prompt: int, cap: int, row: int) -> int:
     if own["max_new_tokens"] is not None:
         new = own["max_new_tokens"]
-        _number("max_new_tokens", new, whole=True)
-        if new < 1:
-            raise ValueError(f"max_new_tokens={new}: expected 1 or more.")
+        check_number("max_new_tokens", new, whole=True, least=1)
         limit = prompt + int(new)
     else:
         limit = own["max_length"] if own["max_length"] is not None else prompt + DEFAULT_NEW_TOKENS
-        _number("max_length", limit, whole=True)
+        check_number("max_length", limit, whole=True)
     limit = min(int(limit), cap)
     if prompt >= limit:
         raise ValueError(f"row {row}: its prompt has {prompt} tokens, at or over the length limit of {limit}.")
@@ -220,6 +236,8 @@ def _limit(own: dict[str, Any], prompt: int, cap: int, row: int) -> int:
 
 
 def _recipe(own: dict[str, Any], explicit: set[str], stock_call: bool) -> Recipe:
+    if own["do_sample"] not in (None, True, False):
+        raise ValueError(f"do_sample={own['do_sample']!r}: expected True or False.")
     do_sample = None if stock_call and "do_sample" in explicit else own["do_sample"]
     refused = do_sample is False and "do_sample" in explicit
     if "temperature" in explicit and not refused:
@@ -241,11 +259,11 @@ def _recipe(own: dict[str, Any], explicit: set[str], stock_call: bool) -> Recipe
         ("top_k", top_k),
     ):
         if value is not None:
-            _number(name, value, whole=name == "top_k")
-    if not temperature >= 0 or temperature == float("inf"):
-        raise ValueError(f"temperature={temperature}: expected 0 (greedy) or a positive number.")
-    if not penalty > 0:
-        raise ValueError(f"repetition_penalty={penalty}: expected a positive number, 1.0 for none.")
+            check_number(name, value, whole=name == "top_k")
+    if temperature != 0 and not LEAST <= temperature <= MOST:
+        raise ValueError(f"temperature={temperature}: expected 0 (greedy) or a number from {LEAST} to {MOST}.")
+    if not LEAST <= penalty <= MOST:
+        raise ValueError(f"repetition_penalty={penalty}: expected a positive number from {LEAST} to {MOST}.")
     if top_p is not None and not top_p >= 0:
         raise ValueError(f"top_p={top_p}: expected a number from 0 to 1.")
     if top_k is not None and top_k < 0:

@@ -61,8 +61,12 @@ def test_pictures_of_every_mode_and_size(mode, size, colour, orientation):
     picture = Image.new(mode, size) if mode in ("I;16", "RGBa", "LAB", "RGBX", "PA") else picture.convert(mode)
     picture.getexif()[0x0112] = orientation
     processor = PROCESSOR.image_processor
-    check_patches(processor.preprocess(picture), 1)
+    out = processor.preprocess(picture)
+    check_patches(out, 1)
     rows, columns = processor.grid_of(size[1], size[0])
+    assert out["image_grid_hws"].tolist() == [[rows, columns]], (
+        "pictures are taken as they are stored, as in the stock"
+    )
     assert processor.get_number_of_image_tokens(size[1], size[0]) * 4 == rows * columns
 
 

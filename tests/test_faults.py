@@ -23,7 +23,7 @@ import locateanything.generation as generation
 from benchmarks import load
 from benchmarks.common import resident
 from locateanything.kv_cache import SlotKVCache
-from tests.conftest import Batch, cases_of, model_of
+from tests.conftest import CHECKPOINTS, Batch, cases_of, model_of
 from tests.test_scores import processor_of
 
 MODES = ["hybrid", "slow", "fast", "verified"]
@@ -106,7 +106,7 @@ def test_sampled_rows_draw_the_same_again(monkeypatch):
         calls.append(None)
         if len(calls) in (2, 4, 5):
             raise torch.OutOfMemoryError("injected")
-        commit(loop, decided)
+        return commit(loop, decided)
 
     monkeypatch.setattr(generation.GenerationLoop, "commit", short)
     assert strip(batch, batch.run()) == expected and len(calls) > 5
@@ -163,6 +163,21 @@ def test_what_the_callers_code_raises_arrives_as_it_is(where, error, number):
         batch.run(**{where: raises if where == "streamer" else [raises]})
     assert caught.value is error
     assert batch.answers(batch.run()) == batch.expected()
+
+
+@pytest.mark.parametrize("mode", ["slow", "hybrid"])
+@pytest.mark.parametrize("where", ["streamer", "stopping_criteria"])
+def test_out_of_memory_of_the_callers_own_is_not_tried_again(where, mode):
+    """The rows beside have spent their draws by then: to go on would give other answers, and tokens unheard."""
+    batch = batch_of(1 if where == "streamer" else 5, new=10, temperature=0.9, generation_mode=mode)
+    expected = strip(batch, batch.run())
+    for number in (1, 2, 4, 7):
+        error = torch.OutOfMemoryError("the caller's")
+        raises = Raises(number, error)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            batch.run(**{where: raises if where == "streamer" else [raises]})
+        assert caught.value is error
+    assert strip(batch, batch.run()) == expected
 
 
 @pytest.mark.parametrize("stage", ["decode", "logits", "embed_prompt", "extract_feature", "project"])
@@ -326,9 +341,28 @@ def test_a_callback_may_ask_the_model(where):
     assert len(asks.answers) > 1 and all(answers == others for answers in asks.answers)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_forked_process_answers(threads):
-    """With more than one thread, torch would wait in the child for the parent's."""
+def load_anew(batch: Batch) -> None:
+    batch.model = type(batch.model).from_pretrained(CHECKPOINTS["shapes"]).eval()
+
+
+def make_another(batch: Batch) -> None:
+    with torch.device("meta"):
+        type(batch.model)(batch.model.config)
+
+
+def extract(batch: Batch) -> None:
+    batch.model.extract_feature(batch.inputs["pixel_values"], batch.inputs["image_grid_hws"])
+
+
+def feed(batch: Batch) -> None:
+    batch.model(input_ids=torch.full((4, 99), 5))
+
+
+@pytest.mark.parametrize(
+    ("threads", "first"), [(1, None), (2, None), *((2, what) for what in (load_anew, make_another, extract, feed))]
+)
+def test_a_forked_process_answers(threads, first):
+    """With more than one thread, torch would wait in the child for the parent's, whatever it is asked first."""
     batch = batch_of(4)
     torch.set_num_threads(threads)
     expected = strip(batch, batch.run())
@@ -337,6 +371,8 @@ def test_a_forked_process_answers(threads):
     if not child:
         signal.alarm(60)  # a child that hangs writes nothing
         try:
+            if first is not None:
+                first(batch)
             answer = strip(batch, batch.run())
         except BaseException:
             answer = traceback.format_exc()
@@ -356,14 +392,14 @@ def test_after_a_fork_the_threads_are_set_once_and_said(monkeypatch, caplog):
     batch = batch_of(2)
     expected = strip(batch, batch.run())
     module = sys.modules[type(batch.model).__module__]
-    monkeypatch.setattr(module, "LOADED_IN", {os.getpid() + 1})
+    monkeypatch.setattr(module, "IMPORTED_IN", os.getpid() + 1)
     threads = [2]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     warned = []
     monkeypatch.setattr(module.logger, "warning", warned.append)
     assert strip(batch, batch.run()) == strip(batch, batch.run()) == expected
-    assert threads == [2, 1] and len(warned) == 1 and "was forked after the model was loaded" in warned[0]
+    assert threads == [2, 1] and len(warned) == 1 and "was forked from one that had imported this code" in warned[0]
 
 
 # ---- memory is given back

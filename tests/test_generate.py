@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
@@ -241,6 +242,19 @@ def test_min_new_tokens_holds_the_end_back(mode):
     assert batch.answers(short) == batch.expected(), "nothing is held back from rows that are long enough"
 
 
+def test_numbers_of_numpy_are_numbers():
+    cases = greedy("slow", 2)
+    batch = Batch("shapes", cases)
+    limits = np.array([case["max_new_tokens"] for case in cases])
+    numbers = {"max_batch_rows": np.int64(4), "temperature": np.float32(0), "eos_token_id": np.array([3])}
+    output = batch.model.generate(**batch.inputs, generation_mode="slow", max_new_tokens=limits, **numbers)
+    assert batch.answers(output) == batch.expected()
+    again = batch.model.generate(
+        **batch.inputs, **numbers | {"temperature": [None, 0.0]}, generation_mode="slow", max_new_tokens=limits
+    )
+    assert torch.equal(again, output), "None says nothing of its row"
+
+
 @pytest.mark.parametrize("mode", ["slow", "verified", "fast"])
 def test_the_least_length_is_counted_without_the_end(mode):
     """As transformers does: of min_new_tokens=n, the end may be token n + 1."""
@@ -403,6 +417,27 @@ def changed(batch: Batch, **kwargs):
         ({"max_new_tokens": "5"}, "max_new_tokens='5': expected a whole number"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: expected a whole number"),
         ({"temperature": "hot"}, "temperature='hot': expected a number"),
+        ({"temperature": 10**400}, "temperature=1000.*: expected a number"),
+        ({"temperature": [0.0, "hot", 0.0, 0.0]}, "temperature='hot': expected a number"),
+        ({"temperature": 1e-40}, "temperature=1e-40: expected 0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty=1e-300: expected a positive number"),
+        ({"top_k": float("inf"), "temperature": 1.0}, "top_k=inf: expected a whole number"),
+        ({"max_new_tokens": float("inf")}, "max_new_tokens=inf: expected a whole number of 1 or more"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens=nan"),
+        ({"min_new_tokens": "x"}, "min_new_tokens='x': expected a whole number of 0 or more"),
+        ({"num_return_sequences": True}, "num_return_sequences=True: expected a whole number of 1 or more"),
+        ({"do_sample": "x"}, "do_sample='x': expected True or False"),
+        ({"eos_token_id": 1.5}, "eos_token_id=1.5: expected token ids"),
+        ({"eos_token_id": [[3]]}, r"eos_token_id=\[\[3\]\]: expected token ids"),
+        ({"eos_token_id": "x"}, "eos_token_id='x': expected token ids"),
+        ({"eos_token_id": -5}, "eos_token_id=-5: expected token ids"),
+        ({"max_batch_rows": "3"}, "max_batch_rows='3': expected a whole number of 1 or more"),
+        ({"max_batch_rows": True}, "max_batch_rows=True"),
+        ({"max_batch_rows": 2.5}, "max_batch_rows=2.5"),
+        ({"generator": 5}, "generator: got a int; expected a torch.Generator"),
+        ({"generator": list("abcd")}, "generator: got a str"),
+        ({"exponential_decay_length_penalty": (1, 2.0)}, "exponential_decay_length_penalty=.* is not supported"),
         ({"min_p": 0.1, "temperature": 1.0}, "min_p=0.1 is not supported"),
         ({"guidance_scale": 3.0}, "guidance_scale=3.0 is not supported"),
         ({"cache_implementation": "static"}, "cache_implementation='static' is not supported"),

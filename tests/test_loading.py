@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,44 @@ def test_another_tokenizer_is_refused_unread(folder, unread):
             Model.from_pretrained(folder)
     (folder / "tokenizer_config.json").write_text("[")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: is no JSON"):
+        Model.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
+def test_every_file_of_a_tokenizer_is_examined(folder, unread, name):
+    """With the other files as they are: which one counts depends on the release of transformers."""
+    shutil.copy(OFFICIAL / "model.safetensors", folder)
+    text = (folder / name).read_text()
+    content = json.loads(text)
+    if name == "added_tokens.json":
+        content["<box>"], content["<ref>"] = content["<ref>"], content["<box>"]
+    elif name == "tokenizer_config.json":
+        decoder = content["added_tokens_decoder"]
+        box, ref = (
+            next(i for i, entry in decoder.items() if entry["content"] == token) for token in ("<box>", "<ref>")
+        )
+        decoder[box], decoder[ref] = decoder[ref], decoder[box]
+    else:
+        for entry in content["added_tokens"]:
+            entry["content"] = {"<box>": "<ref>", "<ref>": "<box>"}.get(entry["content"], entry["content"])
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: <box> has the id \d+, but the config's box_start is"):
+        Model.from_pretrained(folder)
+    (folder / name).write_text(text[: len(text) // 2])
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: is no JSON"):
+        Model.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"added_tokens_decoder": {"420": "x"}}, {"added_tokens_decoder": [1]}, {"added_tokens_decoder": {"a": {}}},
+        {"added_tokens": ["x"]}, {"added_tokens": [{"content": [1]}]}, {"added_tokens": 3},
+    ],
+)  # fmt: skip
+def test_damaged_tokens_are_refused_unread(folder, unread, content):
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: has damaged tokens"):
         Model.from_pretrained(folder)
 
 
