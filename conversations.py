@@ -74,6 +74,26 @@ def prompt_text(
     return "".join(pieces)
 
 
+def refuse_repeated(text: str, placeholders: Placeholders, name: str) -> None:
+    """Each image and video fills one run of slots: what a user writes may say where, but not add a second one.
+
+    Args:
+        text: the prompt. name: of its conversation, for the message.
+
+    Raises:
+        ValueError: a placeholder that the prompt holds more than once.
+    """
+    seen = set()
+    for found in placeholders.pattern.finditer(text):
+        key = (found[1], found[2].lstrip("0"))
+        if key in seen:
+            raise ValueError(
+                f"{name}: has {shorten(found[0], 30)} more than once, and would show it as often. Write it once, where "
+                f"the {found[1]} stands, or leave it out; other mentions as <{found[1]} {shorten(key[1], 12)[1:-1]}>."
+            )
+        seen.add(key)
+
+
 @dataclass(frozen=True)
 class Vision:
     """The items of a conversation that show something, in order of appearance."""

@@ -25,6 +25,7 @@ from .conversations import (
     Vision,
     prompt_text,
     read_conversations,
+    refuse_repeated,
     video_of,
 )
 from .grounding import ANSWER_TOKENS
@@ -146,7 +147,8 @@ class LocateAnythingProcessor(ProcessorMixin):
             messages: a conversation, a list of `{"role": …, "content": …}`, or a list of conversations. Content is a
                 text or a list of texts and of items with `text`, an image (`image`, `image_url`, or type "image" with
                 `url`, `path`, `base64`) or a `video` (a list of frames). Where an image stands, `<image-K>` is
-                written, K counting over the conversation, unless a user's text names `<image-K>` already.
+                written, K counting over the conversation, unless a user's text names `<image-K>` already, which it may
+                do once.
             tokenize: must be False; `apply_chat_template` tokenises.
             add_generation_prompt: end with the opening of the assistant's turn.
 
@@ -155,12 +157,13 @@ class LocateAnythingProcessor(ProcessorMixin):
 
         Raises:
             ValueError: no messages, or one that is not laid out like this, or that holds `<|im_start|>`, `<|im_end|>`
-                or the image token: no question can open a turn, end one or stand for an image.
+                or the image token, or `<image-K>` a second time: no question can open a turn, end one or add an image.
         """
         if tokenize:
             raise ValueError("tokenize: got True; use apply_chat_template(…, tokenize=True), or call the processor.")
         conversations, is_batch = read_conversations(messages, self._slot_tokens)
         texts = [prompt_text(each, self._placeholders, add_generation_prompt) for each in conversations]
+        self._refuse_repeated(texts)
         return texts if is_batch else texts[0]
 
     def process_vision_info(
@@ -254,6 +257,7 @@ class LocateAnythingProcessor(ProcessorMixin):
                 continue_final_message=continue_final_message,
                 **extras,
             )
+        self._refuse_repeated(texts)
 
         vision = [Vision.of(c) for c in conversations]
         videos = [item for row in vision for item in row.videos]
@@ -328,6 +332,10 @@ class LocateAnythingProcessor(ProcessorMixin):
         pictures = _deal("images", image_layout(images), [plan.images for plan in plans])
         clips = _deal("videos", _video_layout(videos), [plan.videos for plan in plans])
         return self._inputs(texts, plans, pictures, clips, options)
+
+    def _refuse_repeated(self, texts: Sequence[str]) -> None:
+        for index, text in enumerate(texts):
+            refuse_repeated(text, self._placeholders, f"conversation {index}")
 
     def _plan(self, text: str, name: str) -> _Plan:
         try:
