@@ -16,7 +16,7 @@ import torch
 
 from .conversations import ANSWER_START, TURN_END, TURN_START
 from .grounding import ANSWER_TOKENS, Grounding, geometric_mean, parse_answer, parse_places, to_pixels
-from .image_processing import is_array, is_list, is_number
+from .image_processing import is_array, is_list, is_number, to_list
 
 _ROLE = ANSWER_START.removeprefix(TURN_START)
 _WORD = "·"  # an ordinary token, where only the vocabulary's own count
@@ -29,7 +29,7 @@ def read_answers(tokenizer: Any, outputs: Any, target_sizes: Any, threshold: flo
         _check_threshold(threshold, scores)
     outputs = getattr(outputs, "sequences", outputs)
     if is_array(scores):
-        return _read_scored(tokenizer, id_rows(outputs), torch.as_tensor(scores), target_sizes, threshold or 0.0)
+        return _read_scored(tokenizer, id_rows(outputs), scores, target_sizes, threshold or 0.0)
     if isinstance(outputs, str):
         outputs = [outputs]
     if is_list(outputs) and all(isinstance(row, str) for row in outputs):
@@ -48,9 +48,9 @@ def id_rows(outputs: Any) -> list[list[int]]:
     Raises:
         ValueError: something else.
     """
-    rows = outputs.tolist() if is_array(outputs) else outputs
+    rows = to_list(outputs, "outputs") if is_array(outputs) else outputs
     if is_list(rows):
-        rows = [row.tolist() if is_array(row) else row for row in rows]
+        rows = [to_list(row, "outputs") if is_array(row) else row for row in rows]
         if all(isinstance(row, Integral) for row in rows):
             rows = [rows] if rows else []
         if all(is_list(row) and all(isinstance(index, Integral) for index in row) for row in rows):
@@ -111,11 +111,12 @@ def _answer_of(text: str) -> str:
 
 
 def _read_scored(
-    tokenizer: Any, rows: list[list[int]], scores: torch.Tensor, target_sizes: Any, threshold: float
+    tokenizer: Any, rows: list[list[int]], scores: torch.Tensor | np.ndarray, target_sizes: Any, threshold: float
 ) -> list[dict[str, Any]]:
     """rows: ids `[rows, prompt + new]`. scores: `[rows, new]` log-probabilities, NaN on padding."""
-    fits = scores.dim() == 2 and len(scores) == len(rows) and all(len(row) >= scores.shape[1] for row in rows)
-    if not fits or not scores.is_floating_point():
+    fits = scores.ndim == 2 and len(scores) == len(rows) and all(len(row) >= scores.shape[1] for row in rows)
+    floating = scores.is_floating_point() if isinstance(scores, torch.Tensor) else scores.dtype.kind == "f"
+    if not fits or not floating:
         raise ValueError(
             f"outputs: got scores {scores.dtype} {list(scores.shape)} for {len(rows)} sequence(s) of "
             f"{sorted(set(map(len, rows)))} ids; expected floating point [rows, new ids]."
@@ -123,7 +124,8 @@ def _read_scored(
     end, marks = tokenizer.convert_tokens_to_ids(TURN_END), _marks(tokenizer)
     found = []
     sizes = _sizes(target_sizes, len(rows))
-    for ids, values, (height, width) in zip(rows, scores.tolist(), sizes, strict=True):
+    lines = to_list(scores, "outputs.scores")
+    for ids, values, (height, width) in zip(rows, lines, sizes, strict=True):
         ids = ids[len(ids) - len(values) :]
         told = takewhile(lambda pair: pair[0] != end and not math.isnan(pair[1]), zip(ids, values, strict=True))
         items, box_scores, label_scores = [], [], []
@@ -161,12 +163,12 @@ def _in_tensors(
 def _sizes(target_sizes: Any, rows: int) -> list[tuple[float, float]]:
     if target_sizes is None:
         return [(1, 1)] * rows
-    sizes = target_sizes.tolist() if is_array(target_sizes) else target_sizes
+    sizes = to_list(target_sizes, "target_sizes") if is_array(target_sizes) else target_sizes
     if not is_list(sizes) or len(sizes) != rows:
         raise ValueError(f"target_sizes: got {sizes!r} for {rows} row(s); expected one (height, width) per row.")
     checked = []
     for size in sizes:
-        pair = size.tolist() if is_array(size) else size
+        pair = to_list(size, "target_sizes") if is_array(size) else size
         if not is_list(pair) or len(pair) != 2 or not all(is_number(s) and s > 0 for s in pair):
             raise ValueError(f"target_sizes: got {size!r}; expected (height, width) in pixels.")
         checked.append((pair[0], pair[1]))

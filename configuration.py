@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig, Qwen2Config
+from transformers.activations import ACT2FN
 
 # A window is one box: <box> x1 y1 x2 y2 </box>. The decoding rules are written for exactly this width.
 WINDOW = 6
@@ -191,7 +192,10 @@ class LocateAnythingConfig(PretrainedConfig):
         kwargs = _without_magi(kwargs)
         attention = kwargs.pop("_attn_implementation", None)
         kwargs["attn_implementation"] = kwargs.pop("attn_implementation", None) or attention
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"config: {error}") from error
         self.tie_word_embeddings = tie_word_embeddings
         self.pad_token_id = pad_token_id
 
@@ -232,13 +236,29 @@ class LocateAnythingConfig(PretrainedConfig):
             raise ValueError(
                 f"text_config.num_attention_heads={heads} is no multiple of num_key_value_heads={groups}."
             )
-        if getattr(text, "head_dim", None) is None and (text.hidden_size % heads or text.hidden_size // heads % 2):
+        head = getattr(text, "head_dim", None)
+        if head is not None and (not _is_id(head, 1025) or head < 2 or head % 2):
+            raise ValueError(f"text_config.head_dim is {head!r}; expected an even number from 2 to 1024.")
+        if head is None and (text.hidden_size % heads or text.hidden_size // heads % 2):
             raise ValueError(
                 f"text_config.hidden_size={text.hidden_size} over num_attention_heads={heads} must give an even head "
                 "size (its rotary embedding turns pairs)."
             )
         if not isinstance(text.rms_norm_eps, float) or not 0 < text.rms_norm_eps < 1:
             raise ValueError(f"text_config.rms_norm_eps is {text.rms_norm_eps}; expected a small number above 0.")
+        dropout = text.attention_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"text_config.attention_dropout is {dropout!r}; expected a number of 0 or more below 1.")
+        if text.hidden_act not in ACT2FN:
+            raise ValueError(f"text_config.hidden_act is {text.hidden_act!r}; expected one of transformers' own.")
+        if text.pad_token_id is not None and not _is_id(text.pad_token_id, text.vocab_size):
+            raise ValueError(
+                f"text_config.pad_token_id is {text.pad_token_id!r}; expected one of {text.vocab_size} ids."
+            )
+        if not isinstance(text.tie_word_embeddings, bool):
+            raise ValueError(
+                f"text_config.tie_word_embeddings is {text.tie_word_embeddings!r}; expected true or false."
+            )
         missing = [key for key in _ROLES_IN_TEXT_CONFIG if getattr(text, key, None) is None]
         if missing:
             raise ValueError(f"text_config lacks {', '.join(missing)}: not a LocateAnything checkpoint.")

@@ -88,8 +88,8 @@ def refuse_repeated(text: str, placeholders: Placeholders, name: str) -> None:
         key = (found[1], found[2].lstrip("0"))
         if key in seen:
             raise ValueError(
-                f"{name}: has {shorten(found[0], 30)} more than once, and would show it as often. Write it once, where "
-                f"the {found[1]} stands, or leave it out; other mentions as <{found[1]} {shorten(key[1], 12)[1:-1]}>."
+                f"{name}: has {shorten(found[0], 30)} more than once, and would show it as often. Write it once, "
+                f"where it stands, or not at all; other mentions as <{found[1]} {shorten(key[1], 12)[1:-1]}>."
             )
         seen.add(key)
 

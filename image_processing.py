@@ -179,6 +179,18 @@ def is_array(value: Any) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor))
 
 
+def to_list(array: np.ndarray | torch.Tensor, name: str) -> Any:
+    """An array's values in lists.
+
+    Raises:
+        ValueError: a sparse tensor, or one without values. The message begins with `name`.
+    """
+    try:
+        return array.tolist()
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{name}: got a tensor whose values cannot be read ({error}).") from None
+
+
 def as_batch(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
     if return_tensors == "np":
         data = {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in data.items()}

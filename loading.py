@@ -8,11 +8,13 @@ import copy
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from .configuration import LocateAnythingConfig
 
@@ -38,7 +40,17 @@ TOKENS = {
     "<text_mask>": "mask",
     "<|im_end|>": "end",
 }
-Shapes = dict[str, list[int]]
+FLOATING = frozenset(name for name in DTYPES if name.startswith(("F", "BF")))
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its dtype, by safetensors' name, and its shape."""
+
+    dtype: str
+    shape: list[int]
+
+
+Header = dict[str, Stored]
 
 
 class CheckedLoading:
@@ -60,21 +72,54 @@ class CheckedLoading:
             return own.from_pretrained(given, *args, **kwargs)
         folder = Path(given) / (kwargs.get("subfolder") or "")
         if folder.is_dir():
-            config = kwargs.get("config")
-            if not isinstance(config, PretrainedConfig):  # a path; 5.x may hand over a class that was loaded twice
-                config = LocateAnythingConfig.from_pretrained(config or folder)
+            config = _read_config(folder, kwargs.get("config"))
             check_tokenizer(folder, config)
-            stored = read_shapes(folder, kwargs.get("variant"))
-            quantised = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+            stored = read_header(folder, kwargs.get("variant"))
+            with torch.device("meta"):
+                model: Any = _or_value_error(folder / "config.json", lambda: cls(copy.deepcopy(config)))  # type: ignore[call-arg]
+            quantised = kwargs.get("quantization_config") or _quantisation(folder, config)
             if not quantised and not kwargs.get("key_mapping"):
-                with torch.device("meta"):
-                    model: Any = cls(copy.deepcopy(config))  # type: ignore[call-arg]
-                _check_shapes(folder, stored, model, exact=not kwargs.get("ignore_mismatched_sizes"))
+                _check_weights(folder, stored, model, exact=not kwargs.get("ignore_mismatched_sizes"))
         return own.from_pretrained(given, *args, **{**kwargs, "use_safetensors": True})
 
 
-def read_shapes(folder: Path, variant: str | None = None) -> Shapes:
-    """The name and shape of each tensor of a checkpoint, from the headers of its safetensors files.
+def _read_config(folder: Path, given: Any) -> Any:
+    """The config, and a look at the generation config beside it, of which transformers passes over a damaged one."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        content = _read_json(path)
+        _or_value_error(path, lambda: GenerationConfig.from_dict(content))
+    if isinstance(given, PretrainedConfig):  # else a path; 5.x may hand over a class that was loaded twice
+        return given
+    path = Path(given or folder)
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file():
+        _read_json(path)
+    return _or_value_error(path, lambda: LocateAnythingConfig.from_pretrained(given or folder))
+
+
+def _or_value_error(path: Path, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # transformers fails on what a wrong value leads to, by whatever exception
+        raise ValueError(
+            f"{path}: has a value that nothing can be made of ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _quantisation(folder: Path, config: Any) -> Any:
+    """What `config` says of quantised weights, if anything."""
+    told = getattr(config, "quantization_config", None)
+    # transformers warns of a method it does not know and loads the numbers as they are
+    if isinstance(told, dict) and told and not AutoHfQuantizer.supports_quant_method(told):
+        raise ValueError(f"{folder}: its config's quantization_config is {told}, a method that transformers lacks.")
+    return told
+
+
+def read_header(folder: Path, variant: str | None = None) -> Header:
+    """Each tensor of a checkpoint by its name, from the headers of its safetensors files.
 
     Args:
         variant: as in transformers' `from_pretrained`: `model.VARIANT.safetensors`.
@@ -94,7 +139,7 @@ def read_shapes(folder: Path, variant: str | None = None) -> Shapes:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index}: has no weight_map of names to files.")
-    shapes: Shapes = {}
+    tensors: Header = {}
     for shard in sorted(set(weight_map.values())):
         path = folder / shard
         if os.path.basename(shard) != shard or not shard.endswith(".safetensors"):
@@ -105,8 +150,8 @@ def read_shapes(folder: Path, variant: str | None = None) -> Shapes:
         absent = sorted(name for name, file in weight_map.items() if file == shard and name not in header)
         if absent:
             raise ValueError(f"{path}: lacks {_some(absent)}, which {index.name} looks for there.")
-        shapes.update(header)
-    return shapes
+        tensors.update(header)
+    return tensors
 
 
 def check_tokenizer(folder: Path, config: LocateAnythingConfig) -> None:
@@ -115,6 +160,9 @@ def check_tokenizer(folder: Path, config: LocateAnythingConfig) -> None:
     Raises:
         ValueError: ids that differ, tokens that are missing, a file that is no JSON.
     """
+    for name in ("vocab.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            _check_words(folder / name, config)
     # all of them, for which one a tokenizer is made of depends on the release of transformers
     paths = (folder / name for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"))
     named = {path: ids for path in paths if path.is_file() and (ids := _added_tokens(path))}
@@ -122,11 +170,31 @@ def check_tokenizer(folder: Path, config: LocateAnythingConfig) -> None:
     for path, ids in named.items():
         for token, role in TOKENS.items():
             expected, found = getattr(config.token_roles, role), ids.get(token)
-            if found != expected and (token in ids or token not in known):
+            told = token in ids or token not in known or expected in ids.values()
+            if told and found != expected:
                 raise ValueError(
                     f"{path}: {token} has the id {found}, but the config's {role} is {expected}; "
                     "the tokenizer is another model's."
                 )
+
+
+def _check_words(path: Path, config: LocateAnythingConfig) -> None:
+    """The ordinary words: each has its own id, and the one that answers "nothing there" that of the config."""
+    words = _read_json(path)
+    if path.name == "tokenizer.json":
+        model = words.get("model")
+        words = model.get("vocab", {}) if isinstance(model, dict) else {}
+    if not isinstance(words, dict) or not all(isinstance(index, int) for index in words.values()):
+        raise ValueError(f"{path}: has a damaged vocabulary; expected ids by word.")
+    named = {index: word for word, index in words.items()}
+    if len(named) != len(words):
+        raise ValueError(f"{path}: has {len(words)} words for {len(named)} ids.")
+    none = config.none_token_id
+    if words and named.get(none, "").strip("Ġ").lower() != "none":
+        raise ValueError(
+            f"{path}: the id {none}, the config's none_token_id, is of {named.get(none)!r}; expected the word none. "
+            "The tokenizer is another model's."
+        )
 
 
 def _added_tokens(path: Path) -> dict[str, Any]:
@@ -158,7 +226,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_header(path: Path) -> Shapes:
+def _read_header(path: Path) -> Header:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -170,34 +238,40 @@ def _read_header(path: Path) -> Shapes:
         try:
             header = json.loads(file.read(length).decode())
             header.pop("__metadata__", None)
-            shapes = {name: list(entry["shape"]) for name, entry in header.items()}
+            tensors = {name: Stored(entry["dtype"], list(entry["shape"])) for name, entry in header.items()}
             spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-            sizes = {name: math.prod(shapes[name]) * DTYPES[header[name]["dtype"]] // 8 for name in header}
+            sizes = {name: math.prod(shape) * DTYPES[dtype] // 8 for name, (dtype, shape) in tensors.items()}
             place = 0
             for begin, end, name in spans:
-                if begin != place or end - begin != sizes[name] or any(side < 0 for side in shapes[name]):
+                if begin != place or end - begin != sizes[name] or any(side < 0 for side in tensors[name].shape):
                     raise ValueError(f"{name} is at {begin}…{end}; expected {place}…{place + sizes[name]}")
                 place = end
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: has a damaged header ({type(error).__name__}: {error}).") from error
     if 8 + length + place != size:
         raise ValueError(f"{path}: has {size} bytes; its header tells of {8 + length + place}. Fetch it again.")
-    return shapes
+    return tensors
 
 
-def _check_shapes(folder: Path, stored: Shapes, model: Any, exact: bool) -> None:
+def _check_weights(folder: Path, stored: Header, model: Any, exact: bool) -> None:
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.text_config.tie_word_embeddings:
         expected.pop("language_model.lm_head.weight")
     absent = sorted(expected.keys() - stored.keys())
     if absent:
         raise ValueError(f"{folder}: its weights lack {_some(absent)}; transformers would fill them in at random.")
-    others = {name: stored[name] for name, shape in expected.items() if stored[name] != shape}
-    if exact and others:
-        name, shape = next(iter(others.items()))
+    whole = sorted(name for name in expected if stored[name].dtype not in FLOATING)
+    if whole:
         raise ValueError(
-            f"{folder}: {name} is {shape}, but the config makes it {expected[name]} ({len(others)} tensors differ); "
-            "the weights are another model's."
+            f"{folder}: {_some(whole)} are {stored[whole[0]].dtype}; expected floating point, for the config tells of "
+            "no quantisation."
+        )
+    others = [name for name, shape in expected.items() if stored[name].shape != shape]
+    if exact and others:
+        name = others[0]
+        raise ValueError(
+            f"{folder}: {name} is {stored[name].shape}, but the config makes it {expected[name]} "
+            f"({len(others)} tensors differ); the weights are another model's."
         )
 
 
@@ -205,4 +279,4 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-__all__ = ["CheckedLoading", "check_tokenizer", "read_shapes"]
+__all__ = ["CheckedLoading", "check_tokenizer", "read_header"]

@@ -40,7 +40,7 @@ from .generation import PHASES, GenerationLoop, Row
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
 from .loading import CheckedLoading
 from .prefill import Entry  # noqa: F401
-from .prompts import PATCHES_A_PASS, PromptFeatures, left_padded, read_grids, read_prompts
+from .prompts import PATCHES_A_PASS, PromptFeatures, left_padded, read_grids, read_patches, read_prompts
 from .sampling import Sampler  # noqa: F401
 from .settings import check_number, resolve
 from .stopping import DegenerateAnswerCriteria
@@ -154,9 +154,14 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
 
         Returns:
             Per image `[tokens, 4 * vision hidden]`, before the projector.
+
+        Raises:
+            ValueError: other pixels, grids that do not make them up, no budget.
         """
         _mind_a_fork()
-        sizes = read_grids(image_grid_hws, self.config.vision_config, pixel_values.shape[0])
+        pixel_values = read_patches(pixel_values, self.config.vision_config.patch_size)
+        check_number("patches_a_pass", patches_a_pass, whole=True, least=1)
+        sizes = read_grids(image_grid_hws, self.config.vision_config, len(pixel_values))
         pixel_values = pixel_values.to(self._place_of(self.vision_model), self.vision_model.dtype)
         features: list[torch.Tensor] = []
         start = 0
@@ -332,8 +337,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             input_ids (or `inputs`): `[rows, L]` long, padded on the left. attention_mask: `[rows, L]`, 0 on padding.
             pixel_values: `[patches, 3, 14, 14]` of all rows' images in order. image_grid_hws: `[images, 2]`, (rows,
                 columns) in patches.
-            visual_features: instead of pixels, `extract_feature`'s result (a list, one `[tokens, 4 * vision hidden]`
-                per image), or one tensor `[tokens, hidden]` that is projected already.
+            visual_features: instead of pixels, which are not looked at then, `extract_feature`'s result (a list, one
+                `[tokens, 4 * vision hidden]` per image), or one tensor `[tokens, hidden]` that is projected already.
             generation_mode: "hybrid", "fast", "slow", or "verified", the answer of "slow" in a fraction of
                 its forwards: windows are drafts, and next-token decoding confirms them one forward later. One for all,
                 or a list with one per row.

@@ -184,6 +184,7 @@ class PromptFeatures:
         self.sizes: list[tuple[int, int]] = []
         vision = model.config.vision_config
         if isinstance(visual_features, torch.Tensor):
+            visual_features = _tensor_of(visual_features, "visual_features")
             hidden = model.config.text_config.hidden_size
             _require_width([visual_features], hidden, "visual_features (one tensor: projected)")
             # one stretch of projected features: each row's part counts as one image
@@ -198,11 +199,11 @@ class PromptFeatures:
             self.tokens = [len(feature) for feature in self.given]
         elif pixel_values is not None:
             if not isinstance(pixel_values, torch.Tensor):
-                pieces = _tensors_of(pixel_values, "pixel_values")
-                for piece in pieces:
-                    _require_patches(piece, vision.patch_size)
+                pieces = [
+                    read_patches(piece, vision.patch_size) for piece in _tensors_of(pixel_values, "pixel_values")
+                ]
                 pixel_values = torch.cat([torch.empty(0, 3, vision.patch_size, vision.patch_size), *pieces])
-            _require_patches(pixel_values, vision.patch_size)
+            pixel_values = read_patches(pixel_values, vision.patch_size)
             self.sizes = read_grids(image_grid_hws, vision, len(pixel_values))
             self.pixels = list(pixel_values.split([height * width for height, width in self.sizes]))
             rows, columns = vision.merge_kernel_size
@@ -320,6 +321,9 @@ def _tensor_of(value: Any, name: str) -> torch.Tensor:
         raise ValueError(f"{name}: got a {type(value).__name__} that is no tensor ({error}).") from None
     if tensor.is_meta:
         raise ValueError(f"{name}: got a tensor on the meta device, which holds no values.")
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else str(tensor.layout)
+        raise ValueError(f"{name}: got a {kind} tensor; expected a dense one.")
     return tensor
 
 
@@ -336,18 +340,27 @@ def _tensors_of(values: Any, name: str) -> list[torch.Tensor]:
     return [_tensor_of(value, f"{name}[{index}]") for index, value in enumerate(values)]
 
 
-def _require_patches(pixels: torch.Tensor, side: int) -> None:
+def read_patches(pixels: Any, side: int) -> torch.Tensor:
+    """Pixels `[patches, 3, side, side]`, floating point.
+
+    Raises:
+        ValueError: anything else.
+    """
+    pixels = _tensor_of(pixels, "pixel_values")
     if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side) or not pixels.is_floating_point():
         raise ValueError(
             f"pixel_values are {pixels.dtype} {list(pixels.shape)}; "
             f"expected [patches, 3, {side}, {side}], floating point."
         )
+    return pixels
 
 
 def _require_width(features: list[torch.Tensor], width: int, what: str) -> None:
     for feature in features:
-        if feature.dim() != 2 or feature.shape[1] != width:
-            raise ValueError(f"{what} have the shape {list(feature.shape)}; expected [tokens, {width}].")
+        if feature.dim() != 2 or feature.shape[1] != width or not feature.is_floating_point():
+            raise ValueError(
+                f"{what} are {feature.dtype} {list(feature.shape)}; expected [tokens, {width}], floating point."
+            )
 
 
 def _refuse_count(slots: int, tokens: int, of: str) -> None:

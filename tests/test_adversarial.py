@@ -408,6 +408,12 @@ def test_broken_bytes_in_a_label_are_shown_as_such():
         (Output([[5, 6]], torch.zeros(3)), r"\[3\]"),
         (Output([[5, 6]], torch.zeros(2, 2)), r"\[2, 2\]"),
         (Output([[5, 6]], torch.zeros(1, 2, dtype=torch.long)), "expected floating point"),
+        (Output([[5, 6]], np.array([["a", "b"]])), "expected floating point"),
+        (Output([[5, 6]], np.array([[1j, 2]])), "expected floating point"),
+        (Output([[5, 6]], torch.zeros(1, 2).to_sparse()), "outputs.scores: got a tensor whose values cannot be read"),
+        (torch.eye(2, dtype=torch.long).to_sparse(), "outputs: got a tensor whose values cannot be read"),
+        (torch.zeros(1, 2, dtype=torch.long, device="meta"), "outputs: got a tensor whose values cannot be read"),
+        ([torch.zeros(2, dtype=torch.long, device="meta")], "outputs: got a tensor whose values cannot be read"),
     ],
 )
 def test_scores_that_do_not_fit_are_refused(output, message):
@@ -418,6 +424,12 @@ def test_scores_that_do_not_fit_are_refused(output, message):
 def test_a_threshold_on_another_librarys_scores_is_not_ignored():
     with pytest.raises(ValueError, match=r"threshold: got 0\.5 for outputs without scores"):
         PROCESSOR.post_process_grounding(Output([[5, 6]], (torch.zeros(1, 9),)), threshold=0.5)
+
+
+@pytest.mark.parametrize("sizes", [torch.ones(1, 2).to_sparse(), [torch.ones(2, device="meta")]])
+def test_sizes_without_values(sizes):
+    with pytest.raises(ValueError, match="target_sizes: got a tensor whose values cannot be read"):
+        PROCESSOR.post_process_grounding([ANSWER], sizes)
 
 
 @pytest.mark.parametrize("size", [(float("inf"), 2), (float("nan"), 2), (10**400, 2), (-1, 2), ("1", 2), (None, 2)])
@@ -492,6 +504,35 @@ def test_generate_answers_or_refuses_by_name(name, junk):
         assert any(word in str(error) for word in (name, "row 0", "image", "input_ids")), error
     else:
         assert output.dtype == torch.long and output.dim() == 2
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", [*WITH_IMAGE, "visual_features"])
+def test_tensors_of_other_kinds_are_refused_by_name(name):
+    model = model_of("shapes")
+    features = model.extract_feature(WITH_IMAGE["pixel_values"], WITH_IMAGE["image_grid_hws"])
+    inputs = dict(WITH_IMAGE) if name != "visual_features" else {"input_ids": WITH_IMAGE["input_ids"]}
+    tensor = inputs.get(name, features[0])
+    kinds = {
+        "torch.sparse_coo": tensor.to_sparse(),
+        "nested": torch.nested.nested_tensor(list(tensor)),
+        "quantised": torch.quantize_per_tensor(tensor.float(), 1.0, 0, torch.qint8),
+    }
+    for kind, odd in kinds.items():
+        for junk in [[odd], odd] if name == "visual_features" else [odd]:
+            with pytest.raises(ValueError, match=rf"{name}.*: got a {kind} tensor; expected a dense one"):
+                model.generate(**inputs | {name: junk}, max_new_tokens=1)
+    if name in ("pixel_values", "visual_features"):
+        for dtype in (torch.bool, torch.long, torch.complex64):
+            odd = tensor.to(dtype)
+            with pytest.raises(ValueError, match=rf"{name}.* are {dtype} .*floating point"):
+                model.generate(**inputs | {name: [odd] if name == "visual_features" else odd}, max_new_tokens=1)
+    if name == "pixel_values":
+        for odd in (tensor[:, :2], tensor.to_sparse(), None):
+            with pytest.raises(ValueError, match="pixel_values"):
+                model.extract_feature(odd, WITH_IMAGE["image_grid_hws"])
+        with pytest.raises(ValueError, match="patches_a_pass=0: expected a whole number of 1 or more"):
+            model.extract_feature(tensor, WITH_IMAGE["image_grid_hws"], 0)
 
 
 # ---------------------------------------------------------------------------------------------- processors

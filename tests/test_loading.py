@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from locateanything.configuration import LocateAnythingConfig
-from locateanything.loading import CheckedLoading, check_tokenizer, read_shapes
+from locateanything.loading import CheckedLoading, check_tokenizer, read_header
 from locateanything.modeling_locateanything_batched import LocateAnythingBatchedForConditionalGeneration
 from tests.conftest import CHECKPOINTS, GOLDENS
 from upload_to_hub import assemble, remote_code_files
@@ -59,7 +59,7 @@ def unread(monkeypatch):
 def test_a_whole_checkpoint_is_loaded(folder):
     model = Model.from_pretrained(OFFICIAL)
     state = load_file(OFFICIAL / "model.safetensors")
-    assert read_shapes(OFFICIAL) == {name: list(tensor.shape) for name, tensor in state.items()}
+    assert read_header(OFFICIAL) == {name: ("F32", list(tensor.shape)) for name, tensor in state.items()}
     model.save_pretrained(folder, max_shard_size="1MB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     again = Model.from_pretrained(str(folder), dtype=torch.float32)
@@ -117,11 +117,11 @@ def test_a_damaged_header_is_refused_or_the_same(data, tmp_path_factory):
         content[data.draw(st.integers(0, 8 + HEADER - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
     try:
-        shapes = read_shapes(path.parent)
+        tensors = read_header(path.parent)
     except ValueError as error:
         assert str(path) in str(error)
     else:
-        assert sum(map(math.prod, shapes.values())) * 4 == len(WEIGHTS) - 8 - HEADER
+        assert sum(math.prod(shape) for _, shape in tensors.values()) * 4 == len(WEIGHTS) - 8 - HEADER
 
 
 def test_weights_that_are_not_this_models_are_refused_unread(folder, unread):
@@ -146,7 +146,7 @@ def test_weights_that_are_not_this_models_are_refused_unread(folder, unread):
     ],
 )
 def test_an_index_that_does_not_fit_is_refused_unread(folder, unread, change, message):
-    names = sorted(read_shapes(OFFICIAL))
+    names = sorted(read_header(OFFICIAL))
     state = load_file(OFFICIAL / "model.safetensors")
     save_file({name: state[name] for name in names[:9]}, folder / "a.safetensors")
     save_file({name: state[name] for name in names[9:]}, folder / "b.safetensors")
@@ -341,6 +341,24 @@ def test_a_damaged_config_is_refused_or_makes_sense(changes):
         ("text_config", {"num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
         ("text_config", {"rope_theta": None}, "text_config.rope_theta is None"),
         ("text_config", {"rms_norm_eps": -1.0}, "text_config.rms_norm_eps is -1.0"),
+        (None, {"num_labels": "x"}, "config: .*str"),
+        (None, {"dtype": "float99"}, "config: .*float99"),
+        (
+            None,
+            {"quantization_config": {"quant_method": "x"}},
+            "quantization_config is .*a method that transformers lacks",
+        ),
+        (None, {"quantization_config": "x"}, r"config\.json: has a value that nothing can be made of .*str"),
+        ("text_config", {"hidden_act": "nope"}, "text_config.hidden_act is 'nope'"),
+        ("text_config", {"head_dim": 0}, "text_config.head_dim is 0; expected an even number"),
+        ("text_config", {"attention_dropout": 7.0}, "text_config.attention_dropout is 7.0"),
+        ("text_config", {"pad_token_id": 10**6}, "text_config.pad_token_id is 1000000; expected one of 1440 ids"),
+        ("text_config", {"tie_word_embeddings": "x"}, "tie_word_embeddings"),
+        (
+            "text_config",
+            {"rope_scaling": {"rope_type": "linear", "factor": "x"}},
+            "config.json: has a value that nothing",
+        ),
         ("text_config", {"eos_token_id": []}, "outside the vocabulary.*'end': \\[\\]"),
         ("vision_config", {"patch_size": 0}, "vision_config.patch_size is 0"),
         ("vision_config", {"merge_kernel_size": [2, 0]}, "vision_config.merge_kernel_size is"),
@@ -348,6 +366,7 @@ def test_a_damaged_config_is_refused_or_makes_sense(changes):
     ],
 )
 def test_what_is_wrong_in_a_config_is_named(folder, unread, part, change, message):
+    shutil.copy(OFFICIAL / "model.safetensors", folder)
     config = copy.deepcopy(CONFIG)
     (config if part is None else config[part]).update(change)
     (folder / "config.json").write_text(json.dumps(config))
@@ -371,9 +390,86 @@ def test_rope_theta_is_read_as_either_transformers_writes_it():
     assert (getattr(text, "rope_parameters", None) or {}).get("rope_theta", getattr(text, "rope_theta", 0)) == 5e5
 
 
-def test_a_cut_off_config_file_is_refused(folder, unread):
-    (folder / "config.json").write_text(json.dumps(CONFIG)[:-9])
-    with pytest.raises(OSError, match="not a valid JSON file"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", json.dumps(CONFIG)[:-9], "is no JSON file"),
+        ("config.json", "[]", "holds a list; expected a JSON object"),
+        ("generation_config.json", '{"max_new', "is no JSON file"),
+        ("generation_config.json", "5", "holds a int"),
+        ("generation_config.json", '{"max_new_tokens": "x"}', "has a value that nothing can be made of"),
+    ],
+)
+def test_a_damaged_config_file_is_refused_unread(folder, unread, name, content, message):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: {message}"):
+        Model.from_pretrained(folder)
+    if name == "config.json":
+        with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+            Model.from_pretrained(folder, config=str(folder / name))
+
+
+@pytest.mark.parametrize("key", sorted(CONFIG["text_config"].keys() | {"head_dim", "rope_scaling", "layer_types"}))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(value=JUNK)
+def test_whatever_the_text_config_says_is_loaded_or_refused(tmp_path_factory, key, value):
+    """Every key with any value, as far as the weights: the model is built from it, or a ValueError says why not."""
+    folder = tmp_path_factory.getbasetemp() / f"any-{key}"
+    if not folder.exists():
+        shutil.copytree(OFFICIAL, folder)
+    config = copy.deepcopy(CONFIG)
+    config["text_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        model = Model.from_pretrained(folder)
+    except ValueError as error:
+        assert len(str(error)) > 20
+    else:
+        assert next(model.parameters()).shape == next(Model(LocateAnythingConfig.from_dict(CONFIG)).parameters()).shape
+
+
+def test_whole_numbers_are_no_weights_unless_the_config_says_so(folder, unread):
+    state = load_file(OFFICIAL / "model.safetensors")
+    save_file({name: value.to(torch.int8) for name, value in state.items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"and \d+ more are I8; expected floating point"):
+        Model.from_pretrained(folder)
+    told = {**CONFIG, "quantization_config": {"quant_method": "torchao", "quant_type": "int8_weight_only"}}
+    (folder / "config.json").write_text(json.dumps(told))
+    with pytest.raises(AssertionError, match="transformers was asked to load"):
+        Model.from_pretrained(folder)
+
+
+def test_the_words_of_a_tokenizer_are_examined(folder, unread):
+    shutil.copy(OFFICIAL / "model.safetensors", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    places = sorted(words.values())
+    backwards = {word: places[-1 - index] for word, index in words.items()}
+    for wrong, message in [
+        (
+            backwards,
+            rf"the id {CONFIG['none_token_id']}, the config's none_token_id, is of '.*'; expected the word none",
+        ),
+        (words | {"new": 7}, f"has {len(words) + 1} words for {len(words)} ids"),
+        (words | {"new": "7"}, "has a damaged vocabulary"),
+        ([1], "has a damaged vocabulary"),
+    ]:
+        for name in ("vocab.json", "tokenizer.json"):
+            sound = (folder / name).read_text()
+            content = wrong if name == "vocab.json" else {**tokenizer, "model": {**tokenizer["model"], "vocab": wrong}}
+            (folder / name).write_text(json.dumps(content))
+            with pytest.raises(ValueError, match=rf"{re.escape(name)}: ({message}|holds a list)"):
+                Model.from_pretrained(folder)
+            (folder / name).write_text(sound)
+
+
+def test_another_token_in_a_tokens_place_is_refused(folder, unread):
+    """<box> is gone from tokenizer.json only, and its id is another's."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    entry = next(entry for entry in tokenizer["added_tokens"] if entry["content"] == "<box>")
+    entry["content"] = "<crate>"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: <box> has the id None, but the config's box_start is"):
         Model.from_pretrained(folder)
 
 
