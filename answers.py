@@ -24,7 +24,7 @@ _WORD = "·"  # an ordinary token, where only the vocabulary's own count
 
 def read_answers(tokenizer: Any, outputs: Any, target_sizes: Any, threshold: float | None) -> list[dict[str, Any]]:
     """`LocateAnythingProcessor.post_process_grounding`, whose docstring tells of arguments, returns and errors."""
-    scores = getattr(outputs, "scores", None)
+    scores: Any = getattr(outputs, "scores", None)
     if threshold is not None:
         _check_threshold(threshold, scores)
     outputs = getattr(outputs, "sequences", outputs)

@@ -216,7 +216,7 @@ def _ids(name: str, value: Any) -> list[int]:
     """One id or several, as a number, list, tensor or array; None for none."""
     value = value.tolist() if hasattr(value, "tolist") else value
     ids = [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
-    if not all(isinstance(one, Integral) and not isinstance(one, bool) and one >= 0 for one in ids):
+    if not all(isinstance(one, Integral) and not isinstance(one, bool) and int(one) >= 0 for one in ids):
         raise ValueError(f"{name}={value!r}: expected token ids, whole numbers of 0 or more.")
     return list(map(int, ids))
 
