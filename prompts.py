@@ -171,9 +171,9 @@ class PromptFeatures:
         self,
         model: Any,
         prompts: Prompts,
-        pixel_values: torch.Tensor | Sequence[torch.Tensor] | None,
+        pixel_values: torch.Tensor | np.ndarray | Sequence[torch.Tensor] | None,
         image_grid_hws: torch.Tensor | np.ndarray | None,
-        visual_features: Sequence[torch.Tensor] | torch.Tensor | None,
+        visual_features: Sequence[torch.Tensor] | torch.Tensor | np.ndarray | None,
     ):
         self.model = model
         self.repeats = 1
@@ -183,7 +183,7 @@ class PromptFeatures:
         self.pixels: list[torch.Tensor] = []
         self.sizes: list[tuple[int, int]] = []
         vision = model.config.vision_config
-        if isinstance(visual_features, torch.Tensor):
+        if isinstance(visual_features, (torch.Tensor, np.ndarray)):
             visual_features = _tensor_of(visual_features, "visual_features")
             hidden = model.config.text_config.hidden_size
             _require_width([visual_features], hidden, "visual_features (one tensor: projected)")
@@ -198,7 +198,7 @@ class PromptFeatures:
             _require_width(self.given, merged, "visual_features (a list: the vision tower's, one per image)")
             self.tokens = [len(feature) for feature in self.given]
         elif pixel_values is not None:
-            if not isinstance(pixel_values, torch.Tensor):
+            if isinstance(pixel_values, (list, tuple)):
                 pieces = [
                     read_patches(piece, vision.patch_size) for piece in _tensors_of(pixel_values, "pixel_values")
                 ]
@@ -332,9 +332,7 @@ def _whole(tensor: torch.Tensor) -> bool:
 
 
 def _tensors_of(values: Any, name: str) -> list[torch.Tensor]:
-    """One or more tensors, or arrays, one for each image."""
-    if isinstance(values, np.ndarray):
-        values = [values]
+    """Tensors, or arrays, one for each image."""
     if not isinstance(values, (list, tuple)):
         raise ValueError(f"{name}: got a {type(values).__name__}; expected a tensor, or a list of them.")
     return [_tensor_of(value, f"{name}[{index}]") for index, value in enumerate(values)]

@@ -86,7 +86,8 @@ def test_pixels_may_be_a_list(batch):
 def test_visual_features_instead_of_pixels(batch):
     model, inputs = batch.model, dict(batch.inputs)
     pixels, grids = inputs.pop("pixel_values"), inputs.pop("image_grid_hws")
-    features = model.extract_feature(pixels, grids)
+    with torch.no_grad():
+        features = model.extract_feature(pixels, grids)
     assert features[0].shape[1] == 4 * model.config.vision_config.hidden_size
     assert batch.answers(model.generate(**inputs, visual_features=features)) == batch.expected()
     projected = torch.cat(model.get_image_features(pixels, grids))
@@ -253,6 +254,22 @@ def test_numbers_of_numpy_are_numbers():
         **batch.inputs, **numbers | {"temperature": [None, 0.0]}, generation_mode="slow", max_new_tokens=limits
     )
     assert torch.equal(again, output), "None says nothing of its row"
+
+
+def test_arrays_of_numpy_are_tensors():
+    batch = Batch("shapes", greedy("hybrid", 2))
+    model, pixels, grids = batch.model, batch.inputs["pixel_values"], batch.inputs["image_grid_hws"]
+    with torch.no_grad():
+        features = model.extract_feature(pixels, grids)
+    rest = {name: value.numpy() for name, value in batch.inputs.items() if name != "pixel_values"}
+    for images in (
+        {"pixel_values": pixels.numpy()},
+        {"pixel_values": [piece.numpy() for piece in pixels.split(grids.prod(1).tolist())]},
+        {"visual_features": [feature.numpy() for feature in features]},
+        {"visual_features": torch.cat(model.project(features)).detach().numpy()},
+    ):
+        output = model.generate(**rest, **images, generation_mode="hybrid")
+        assert batch.answers(output) == batch.expected(), list(images)
 
 
 @pytest.mark.parametrize("mode", ["slow", "verified", "fast"])

@@ -428,6 +428,21 @@ def test_whatever_the_text_config_says_is_loaded_or_refused(tmp_path_factory, ke
         assert next(model.parameters()).shape == next(Model(LocateAnythingConfig.from_dict(CONFIG)).parameters()).shape
 
 
+def test_a_tower_that_was_changed_after_it_was_made_is_refused():
+    """transformers 5 looks at what is assigned itself, but at nothing that comes another way."""
+    text = LocateAnythingConfig.from_dict(CONFIG).text_config
+    vars(text)["tie_word_embeddings"] = "x"
+    with pytest.raises(ValueError, match=r"text_config\.tie_word_embeddings is 'x'; expected true or false"):
+        LocateAnythingConfig(
+            **{name: value for name, value in CONFIG.items() if "config" not in name}, text_config=text
+        )
+
+
+def test_a_config_that_is_not_there_is_not_found(folder, unread):
+    with pytest.raises(OSError, match="absent"):
+        Model.from_pretrained(folder, config=str(folder / "absent.json"))
+
+
 def test_whole_numbers_are_no_weights_unless_the_config_says_so(folder, unread):
     state = load_file(OFFICIAL / "model.safetensors")
     save_file({name: value.to(torch.int8) for name, value in state.items()}, folder / "model.safetensors")
