@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
 
@@ -17,19 +18,20 @@ from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
 
 
 class WindowAttention(Qwen2Attention):
-    """Qwen2Attention that, given a `step`, attends over a `SlotKVCache`."""
+    """Qwen2Attention that, given a `step` and a `slot_cache`, attends over the latter."""
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: SlotKVCache | None = None,
+        past_key_values: Cache | None = None,
         step: PrefillStep | DecodeStep | None = None,
+        slot_cache: SlotKVCache | None = None,
         **kwargs,
     ):
         """hidden_states: `[1, T, hidden]` packed if `step` is given, else as transformers' Qwen2Attention."""
-        if step is None or past_key_values is None:
+        if step is None or slot_cache is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
@@ -38,7 +40,7 @@ class WindowAttention(Qwen2Attention):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         # under autocast the rotation comes out wider than the values
         query, key = query.to(value.dtype), key.to(value.dtype)
-        keys, values = past_key_values.update(key, value, self.layer_idx, step)
+        keys, values = slot_cache.update(key, value, self.layer_idx, step)
 
         implementation = self.config._attn_implementation or "sdpa"
         if isinstance(step, DecodeStep):

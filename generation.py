@@ -66,8 +66,10 @@ class Decided(NamedTuple):
 class DecoderModel(Protocol):
     """What the loop needs of a model."""
 
-    def embed_prompt(self, input_ids: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-        """`[T]` ids, image slots filled in order from `features` → `[T, hidden]`."""
+    def embed_prompt(
+        self, input_ids: torch.Tensor, features: list[torch.Tensor], shown: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[T]` ids → `[T, hidden]`, the places of `shown`, `[T]` bool, filled in order from `features`."""
 
     def decode(self, embeddings: torch.Tensor, step: PrefillStep | DecodeStep, cache: SlotKVCache) -> torch.Tensor:
         """`[T, hidden]` → `[T, hidden]`, keys and values written to the cache."""
@@ -108,6 +110,7 @@ class Row:
     drafted: int = field(init=False, default=0)  # tokens of the draft behind the committed ones
     reach: int = field(init=False, default=0)  # places of its slot that the row has written
     noise: list[torch.Tensor] = field(init=False, default_factory=list)  # of its next draws, by position
+    noise_ends: list[torch.Tensor] = field(init=False, default_factory=list)  # its generator's states behind each
     done: bool = field(init=False, default=False)
     forwards: int = field(init=False, default=0)
     switches: int = field(init=False, default=0)
@@ -140,6 +143,19 @@ class Row:
     def answer(self) -> list[int]:
         return self.tokens[len(self.prompt) :]
 
+    def spend_noise(self, tokens: int) -> None:
+        """So many positions have got their tokens; what is left is for the next ones, as long as a draft is verified.
+
+        A row that leaves a label puts its own generator back behind what was spent: how much lay ready depends on the
+        drafts, and so on whether a step was done again after running out of memory.
+        """
+        if self.verified and not self.done:
+            del self.noise[:tokens], self.noise_ends[:tokens]
+            return
+        if self.generator is not None and tokens < len(self.noise_ends):
+            self.generator.set_state(self.noise_ends[tokens - 1])
+        self.noise, self.noise_ends = [], []
+
     def cut(self, length: int) -> None:
         """Keeps `length` tokens of the answer."""
         del self.tokens[len(self.prompt) + length :], self.scores[length:], self.phases[length:]
@@ -156,7 +172,7 @@ class Row:
         self.error = f"row {self.index}: {what} at token {len(self.answer)} of its answer"
         if fault == MODEL and self.sound is not None and not self.sound:
             self.error += "; its image features were not finite when it entered"
-        self.done, self.noise = True, []
+        self.done, self.noise, self.noise_ends = True, [], []
 
     @property
     def room(self) -> int:
@@ -361,13 +377,17 @@ class GenerationLoop:
         if not stretches:
             return
         # image slots before a stretch are cached already, and their features not needed
-        shown = [int((contents[stretch.slot][: stretch.cached] < 0).sum()) for stretch in stretches]
-        wanted = [(self.active[stretch.slot].index, skip) for stretch, skip in zip(stretches, shown, strict=True)]
+        showing = [contents[stretch.slot] < 0 for stretch in stretches]
+        skipped = [int(each[: stretch.cached].sum()) for each, stretch in zip(showing, stretches, strict=True)]
+        wanted = [(self.active[stretch.slot].index, skip) for stretch, skip in zip(stretches, skipped, strict=True)]
         step = PrefillStep(stretches, self.device)
         ids = self.tokens[step.slots, step.offsets]
-        embeddings = self.model.embed_prompt(ids, self.features.take(wanted))
+        # not every image token: in an answer that is cached again, after out of memory, it is a word
+        spans = [each[stretch.cached :][: stretch.length] for each, stretch in zip(showing, stretches, strict=True)]
+        shown = torch.from_numpy(np.concatenate(spans)).to(self.device)
+        embeddings = self.model.embed_prompt(ids, self.features.take(wanted), shown)
         # asked for only if the row fails
-        finite = embeddings.isfinite().all(-1) | (ids != self.roles.image).to(embeddings.device)
+        finite = embeddings.isfinite().all(-1) | ~shown.to(embeddings.device)
         for stretch, own in zip(stretches, finite.split([stretch.length for stretch in stretches]), strict=True):
             self.active[stretch.slot].sound = own.all()
         self.model.decode(embeddings, step, self.cache)
@@ -548,7 +568,7 @@ class GenerationLoop:
         row.phases += [row.phase] * len(kept)
         row.drafted, row.autoregressive, row.verified = drafted, autoregressive, verified
         row.done = finished or row.done or row.committed >= row.settings.limit
-        row.noise = row.noise[len(kept) :] if verified and not row.done else []
+        row.spend_noise(len(kept))
         if row.cut_at is not None:
             kept = kept[: max(0, row.cut_at - (row.committed - len(row.prompt) - len(kept)))]
             row.cut(row.cut_at)

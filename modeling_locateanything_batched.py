@@ -189,13 +189,19 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         """Per image `[tokens, hidden]`, ready for the decoder's image slots."""
         return self.project(self.extract_feature(pixel_values, image_grid_hws))
 
-    def embed_prompt(self, input_ids: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-        """`[..., T]` ids → `[..., T, hidden]`, image slots filled in order from `features` `[tokens, hidden]`."""
+    def embed_prompt(
+        self, input_ids: torch.Tensor, features: list[torch.Tensor], shown: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[..., T]` ids → `[..., T, hidden]`, image slots filled in order from `features` `[tokens, hidden]`.
+
+        Args:
+            shown: `[..., T]` bool, which ids are image slots; None for all image tokens.
+        """
         embeddings = self.get_input_embeddings()(input_ids)
         if features:
-            slots = (input_ids == self.config.image_token_index).to(embeddings.device)
+            slots = input_ids == self.config.image_token_index if shown is None else shown
             filling = torch.cat(features).to(embeddings.device, embeddings.dtype)
-            embeddings = embeddings.masked_scatter(slots.unsqueeze(-1), filling)
+            embeddings = embeddings.masked_scatter(slots.to(embeddings.device).unsqueeze(-1), filling)
         return embeddings
 
     # ---- forward
@@ -292,9 +298,10 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             position_ids=step.positions,
             # a dict is transformers' way of saying that masks are made already; the step holds visibility
             attention_mask={"full_attention": None},
-            past_key_values=cache,
-            use_cache=True,
+            # not as past_key_values, which layers drop that train with gradient checkpointing
+            use_cache=False,
             step=step,
+            slot_cache=cache,
         ).last_hidden_state.squeeze(0)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

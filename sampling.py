@@ -175,6 +175,8 @@ class Sampler:
         while len(row.noise) < positions:
             fresh = torch.empty(1, like.shape[-1], device=like.device)
             row.noise.append(fresh.exponential_(generator=row.generator or self.generator))
+            if row.generator is not None and row.settings.mode != "verified":
+                row.noise_ends.append(row.generator.get_state())
         return torch.cat(row.noise[:positions])
 
     def probabilities(

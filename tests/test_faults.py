@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import os
 import pickle
@@ -110,6 +111,76 @@ def test_sampled_rows_draw_the_same_again(monkeypatch):
 
     monkeypatch.setattr(generation.GenerationLoop, "commit", short)
     assert strip(batch, batch.run()) == expected and len(calls) > 5
+
+
+def out_of_memory_at(monkeypatch, model, number: int) -> None:
+    """The model's `number`th logits do not fit."""
+    calls = []
+
+    def short(hidden_states):
+        calls.append(None)
+        if len(calls) == number:
+            raise torch.OutOfMemoryError("injected")
+        return type(model).logits(model, hidden_states)
+
+    monkeypatch.setattr(model, "logits", short)
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "fast"])
+def test_a_draft_lost_to_memory_changes_no_draw(monkeypatch, mode):
+    """In a label, noise lies ready for as many tokens as are drafted; what follows the label draws behind its end."""
+    model = model_of("shapes-early")
+    settings = {"generation_mode": mode, "verify_labels": True, "temperature": 1.3, "max_new_tokens": 24}
+    for seed, case in enumerate([case for case in cases_of("shapes-early") if 10 < case["num_tokens"] < 70][:6]):
+        batch = Batch("shapes-early", [case])
+        answers = []
+        for number in (0, 2, 3, 4):
+            with monkeypatch.context() as patch:
+                out_of_memory_at(patch, model, number)
+                generator = torch.Generator().manual_seed(seed)
+                answers.append(model.generate(**batch.inputs, **settings, generator=[generator]).tolist())
+        assert answers == answers[:1] * 4, seed
+
+
+class Says(LogitsProcessor):
+    """The third token of an answer to `prompt` is `token`."""
+
+    def __init__(self, prompt: list[int], token: int):
+        self.prompt, self.token = prompt, token
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] == len(self.prompt) + 2 and input_ids[0, : len(self.prompt)].tolist() == self.prompt:
+            scores = torch.full_like(scores, -50.0)
+            scores[:, self.token] = 0
+        return scores
+
+
+@pytest.mark.parametrize("mode", ["slow", "verified"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_an_image_token_in_an_answer_is_a_word(monkeypatch, mode, slots):
+    """Also where the answer is cached again, because memory ran out: its features are the prompt's."""
+    cases = [case for case in cases_of("shapes") if case["generation_mode"] == "slow" and case["num_tokens"] > 12][:3]
+    batch = Batch("shapes", [{**case, "generation_mode": mode} for case in cases])
+    token = batch.model.config.image_token_index
+    options = {"logits_processor": [Says(cases[0]["input_ids"], token)], "max_batch_rows": slots}
+    expected = strip(batch, batch.run(**options))
+    assert expected[0][2] == token
+    for number in (4, 6):
+        with monkeypatch.context() as patch:
+            out_of_memory_at(patch, batch.model, number)
+            assert strip(batch, batch.run(**options)) == expected
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_model_that_trains_with_checkpointing_answers(reentrant):
+    """An evaluation inside a training loop: checkpointed layers drop past_key_values."""
+    batch = batch_of(4)
+    expected = strip(batch, batch.run())
+    batch.model = copy.deepcopy(batch.model)
+    batch.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    batch.model.train()
+    assert strip(batch, batch.run()) == expected
+    assert batch.model.training and batch.model.is_gradient_checkpointing
 
 
 # ---- interrupts
