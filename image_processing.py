@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .forks import mind_a_fork
 from .media import load_image
 
 # The vision tower has positions for fewer patches a side than this.
@@ -45,11 +46,16 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         **kwargs: Any,
     ):
+        methods = sorted(name for name in kwargs if callable(getattr(type(self), name, None)))
+        if methods:
+            raise ValueError(
+                f"{', '.join(methods)}: got a value for a method of the processor; expected settings only."
+            )
         super().__init__(**kwargs)
         for name, value in (("patch_size", patch_size), ("in_token_limit", in_token_limit)):
-            if not _is_count(value):
+            if not is_count(value):
                 raise ValueError(f"{name}: got {value!r}; expected a whole number of 1 or more.")
-        if not is_list(merge_kernel_size) or len(merge_kernel_size) != 2 or not all(map(_is_count, merge_kernel_size)):
+        if not is_list(merge_kernel_size) or len(merge_kernel_size) != 2 or not all(map(is_count, merge_kernel_size)):
             raise ValueError(f"merge_kernel_size: got {merge_kernel_size!r}; expected (rows, columns) of patches.")
         for name, values, least in (("image_mean", image_mean, 0.0), ("image_std", image_std, 1e-6)):
             if not is_list(values) or len(values) != 3 or not all(_is_share(value, least) for value in values):
@@ -74,6 +80,7 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: no images, one that cannot be read, has a zero side, or is 512 patches or more a side.
         """
+        mind_a_fork()
         images, _ = image_layout(images)
         if not images:
             raise ValueError("images: got an empty list; expected at least one image.")
@@ -158,7 +165,7 @@ class Source:
             raise ValueError(f"{self.name}: {error}") from error
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

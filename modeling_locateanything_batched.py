@@ -9,7 +9,6 @@ answered as the stock model would answer it alone (decoding.md).
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from .attention import WindowAttention
 from .configuration import WINDOW, LocateAnythingConfig, MoonViTConfig
 from .cuda_graphs import DecodeGraphs  # noqa: F401
 from .decoding import Acceptance  # noqa: F401
+from .forks import mind_a_fork
 from .generation import PHASES, GenerationLoop, Row
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
 from .loading import CheckedLoading
@@ -49,7 +49,6 @@ from .vision import MoonViTModel
 logger = logging.get_logger(__name__)
 
 ROWS_A_STEP = 32  # beyond, arithmetic takes all the time that memory traffic saves
-IMPORTED_IN = os.getpid()  # a forked process inherits its parent's
 
 
 @dataclass
@@ -106,7 +105,7 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
                 f"text_config is a {type(config.text_config).__name__} (model_type "
                 f"{config.text_config.model_type!r}); LocateAnything decodes with a Qwen2Config tower."
             )
-        _mind_a_fork()
+        mind_a_fork()
         super().__init__(config)
         vision, hidden = config.vision_config, config.text_config.hidden_size
         rows, columns = vision.merge_kernel_size
@@ -158,7 +157,7 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         Raises:
             ValueError: other pixels, grids that do not make them up, no budget.
         """
-        _mind_a_fork()
+        mind_a_fork()
         pixel_values = read_patches(pixel_values, self.config.vision_config.patch_size)
         check_number("patches_a_pass", patches_a_pass, whole=True, least=1)
         sizes = read_grids(image_grid_hws, self.config.vision_config, len(pixel_values))
@@ -230,7 +229,7 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         Raises:
             ValueError: image slots in `input_ids` do not match the images' tokens.
         """
-        _mind_a_fork()
+        mind_a_fork()
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("forward() needs input_ids or inputs_embeds; got neither.")
@@ -395,7 +394,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         # transformers' own stop_strings come with a tokenizer too, and with its contract
         as_text = tokenizer is not None and (verbose or kwargs.get("stop_strings") is None)
         device = self._place_of(self.get_input_embeddings())
-        _mind_a_fork()
+        mind_a_fork()
         prompts = read_prompts(input_ids if inputs is None else inputs, attention_mask, self.config, device)
         cap = self.config.text_config.max_position_embeddings
         call = resolve(
@@ -527,16 +526,6 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
                 history.append((mode, text_of([next(ids) for _ in range(count)])))
             histories.append(history)
         return answer, histories[0] if len(rows) == 1 else histories, statistics
-
-
-def _mind_a_fork() -> None:
-    """In a process forked after this code was imported, torch would wait for ever for threads that its parent had."""
-    if os.getpid() != IMPORTED_IN and torch.get_num_threads() > 1:
-        logger.warning(
-            "this process was forked from one that had imported this code; torch's threads do not survive a fork and "
-            f"are set from {torch.get_num_threads()} to 1. Start processes with spawn to have more."
-        )
-        torch.set_num_threads(1)
 
 
 def _side_by_side(rows: list[list], filling: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +28,7 @@ from .conversations import (
     refuse_repeated,
     video_of,
 )
+from .forks import mind_a_fork
 from .grounding import ANSWER_TOKENS
 from .image_processing import (
     LocateAnythingImageProcessor,
@@ -35,6 +36,7 @@ from .image_processing import (
     as_batch,
     image_layout,
     is_array,
+    is_count,
     is_list,
     is_number,
 )
@@ -43,6 +45,7 @@ from .media import load_image, load_video, shorten
 # What stands for "unknown" where the published processor reports a frame's time.
 UNKNOWN_TIME = -1
 UNKNOWN_FPS = 2.0
+MAX_LENGTH = 2**20  # tokens that a row can be padded to
 MAX_DIGITS = 9  # of the K of <image-K>
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
@@ -85,7 +88,7 @@ class LocateAnythingProcessor(ProcessorMixin):
 
     Raises:
         ValueError: a patch_size or merge_kernel_size that is not the image processor's, a token that the tokenizer
-            does not have, or coordinates whose ids are not in a row.
+            does not have, a placeholder that is no word, or coordinates whose ids are not in a row.
     """
 
     if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4.57 is told, 5.x reads the signature
@@ -108,10 +111,29 @@ class LocateAnythingProcessor(ProcessorMixin):
         merge_kernel_size: Sequence[int] | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        own = {"image_token": image_token, "video_token": video_token}
+        own |= {"image_start_token": image_start_token, "image_end_token": image_end_token}
+        own |= {"image_placeholder": image_placeholder, "video_placeholder": video_placeholder}
+        for name, word in own.items():
+            if not isinstance(word, str) or not word:
+                raise ValueError(f"{name}: got {word!r}; expected a text.")
+            if name.endswith("token") and word not in tokenizer.get_added_vocab():
+                raise ValueError(
+                    f"tokenizer: has no token {word!r} of its own, the {name}; expected LocateAnything's."
+                )
+        if image_placeholder == video_placeholder:
+            raise ValueError(
+                f"video_placeholder: got {video_placeholder!r}, the image_placeholder's; expected another."
+            )
+        most = tokenizer.model_max_length
+        if not isinstance(most, (int, float)) or not most >= 1:
+            raise ValueError(f"tokenizer: its model_max_length is {most!r}; expected a number of 1 or more.")
         if patch_size not in (None, image_processor.patch_size):
             raise ValueError(f"patch_size: got {patch_size}; the image processor's is {image_processor.patch_size}.")
         merge = image_processor.merge_kernel_size
-        if merge_kernel_size is not None and list(merge_kernel_size) != list(merge):
+        if merge_kernel_size is not None and (
+            not is_list(merge_kernel_size) or list(merge_kernel_size) != list(merge)
+        ):
             raise ValueError(f"merge_kernel_size: got {merge_kernel_size}; the image processor's is {merge}.")
         self.image_token = image_token
         self.video_token = video_token
@@ -122,7 +144,7 @@ class LocateAnythingProcessor(ProcessorMixin):
         self.patch_size = image_processor.patch_size
         self.merge_kernel_size = list(image_processor.merge_kernel_size)
         self.image_token_id, self.video_token_id = map(self._id_of, (image_token, video_token))
-        for token in (image_start_token, image_end_token, TURN_START, TURN_END):
+        for token in (TURN_START, TURN_END):
             self._id_of(token)
         self._refuse_other_coordinates()
         self._slot_tokens = (image_token, video_token)
@@ -187,6 +209,7 @@ class LocateAnythingProcessor(ProcessorMixin):
         Raises:
             ValueError: a message that is not laid out as expected, or an image or frame that cannot be read.
         """
+        mind_a_fork()
         vision = [Vision.of(conversation) for conversation in read_conversations(messages, self._slot_tokens)[0]]
         items = [item for row in vision for item in row.videos]
         images = [load_image(item) for row in vision for item in row.images]
@@ -239,6 +262,10 @@ class LocateAnythingProcessor(ProcessorMixin):
             raise ValueError("continue_final_message and add_generation_prompt: got both; the last turn ends or not.")
         extras = {name: value for name, value in (("tools", tools), ("documents", documents)) if value is not None}
         conversations, is_batch = read_conversations(conversation, self._slot_tokens)
+        if processor_kwargs is not None and not isinstance(processor_kwargs, Mapping):
+            raise ValueError(
+                f"processor_kwargs: got a {type(processor_kwargs).__name__}; expected a dict of keywords."
+            )
         call = {**kwargs, **(processor_kwargs or {})}
         if return_tensors != "auto":
             call["return_tensors"] = return_tensors
@@ -372,6 +399,7 @@ class LocateAnythingProcessor(ProcessorMixin):
         videos: list[list[Source]],
         options: _Options,
     ) -> BatchFeature:
+        mind_a_fork()
         for plan, pictures, clips in zip(plans, images, videos, strict=True):
             plan.check(self.image_placeholder, plan.image_numbers, len(pictures))
             plan.check(self.video_placeholder, plan.video_numbers, len(clips))
@@ -441,17 +469,33 @@ class LocateAnythingProcessor(ProcessorMixin):
         return f"{self.image_start_token}{self.image_token * self._tokens_of(image)}{self.image_end_token}"
 
     def _tokenize(self, texts: list[str], slots: list[int], options: _Options) -> dict[str, Any]:
-        encoded = self.tokenizer(
-            texts,
-            return_attention_mask=True,
-            return_tensors=options.return_tensors,
-            **{"padding": len(texts) > 1 and options.return_tensors is not None, **options.text},
-        )
-        for index, (row, expected) in enumerate(zip(encoded["input_ids"], slots, strict=True)):
+        # never padded by the tokenizer, which would keep the call's padding, and fails where another thread asks it
+        rows = self.tokenizer(texts, padding=False, add_special_tokens=options.special)["input_ids"]
+        for index, (row, expected) in enumerate(zip(rows, slots, strict=True)):
             found = int((np.asarray(row) == self.image_token_id).sum())
             if found != expected:
                 raise ValueError(f"text {index}: was tokenised to {found} image slots; its images need {expected}.")
-        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        padded = options.padding.strategy is not None or (len(texts) > 1 and options.return_tensors is not None)
+        width = options.padding.width(list(map(len, rows)), self.tokenizer) if padded else 0
+        if width > min(map(len, rows)) and self.tokenizer.pad_token_id is None:
+            raise ValueError("padding: the tokenizer has no pad token; expected LocateAnything's.")
+        left = (options.padding.side or self.tokenizer.padding_side) == "left"
+        data: dict[str, Any] = {"input_ids": [], "attention_mask": []}
+        for row in rows:
+            for name, values, filling in zip(
+                data, (row, [1] * len(row)), (self.tokenizer.pad_token_id, 0), strict=True
+            ):
+                padding = [filling] * (width - len(row))
+                data[name].append(padding + values if left else values + padding)
+        if options.return_tensors is not None:
+            lengths = set(map(len, data["input_ids"]))
+            if len(lengths) > 1:
+                raise ValueError(
+                    f"padding: rows of {sorted(lengths)} tokens make no {options.return_tensors!r} tensor; expected "
+                    "padding=True."
+                )
+            data = {name: torch.tensor(values, dtype=torch.long) for name, values in data.items()}
+        return data
 
     def _id_of(self, token: str) -> int:
         index = self.tokenizer.convert_tokens_to_ids(token)
@@ -567,12 +611,50 @@ class _Plan:
 
 
 @dataclass(frozen=True)
+class _Padding:
+    """strategy: "longest", "max_length", "do_not_pad", or None: "longest" for several texts as tensors."""
+
+    strategy: str | None
+    side: str | None
+    length: int | None
+    multiple: int
+
+    @classmethod
+    def of(cls, padding: Any, padding_side: Any, max_length: Any, pad_to_multiple_of: Any) -> _Padding:
+        strategies = {True: "longest", False: "do_not_pad"}
+        strategy = strategies[padding] if isinstance(padding, bool) else padding
+        if strategy is not None and strategy not in ("longest", "max_length", "do_not_pad"):
+            raise ValueError(
+                f"padding: got {padding!r}; expected True, False, 'longest', 'max_length' or 'do_not_pad'."
+            )
+        if padding_side not in (None, "left", "right"):
+            raise ValueError(f"padding_side: got {padding_side!r}; expected 'left' or 'right'.")
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and not (is_count(value) and value <= MAX_LENGTH):
+                raise ValueError(f"{name}: got {shorten(value, 30)}; expected a whole number from 1 to {MAX_LENGTH}.")
+        return cls(strategy, padding_side, max_length, pad_to_multiple_of or 1)
+
+    def width(self, lengths: list[int], tokenizer: Any) -> int:
+        """How many tokens the rows are padded to; longer ones stay."""
+        if self.strategy == "do_not_pad":
+            return 0
+        width = max(lengths)
+        if self.strategy == "max_length":
+            length = tokenizer.model_max_length if self.length is None else self.length
+            if length > MAX_LENGTH:  # transformers' way of saying that a tokenizer has none
+                raise ValueError("max_length: got none with padding='max_length', and the tokenizer has none either.")
+            width = int(length)
+        return -(-width // self.multiple) * self.multiple
+
+
+@dataclass(frozen=True)
 class _Options:
-    """The keywords of a call, sorted. text: the tokenizer's. fps, timestamps: per video, or None."""
+    """The keywords of a call, sorted. special: add_special_tokens. fps, timestamps: per video, or None."""
 
     KNOWN: ClassVar = _TEXT_KWARGS | _VIDEO_KWARGS | _NESTED_KWARGS.keys()
 
-    text: dict[str, Any]
+    padding: _Padding
+    special: bool
     return_tensors: str | None
     fps: Any
     timestamps: Any
@@ -582,7 +664,9 @@ class _Options:
         flat = {name: value for name, value in kwargs.items() if name not in _NESTED_KWARGS}
         merged: dict[str, Any] = {}
         for group, known in _NESTED_KWARGS.items():
-            nested = kwargs.get(group) or {}
+            nested = {} if kwargs.get(group) is None else kwargs[group]
+            if not isinstance(nested, Mapping):
+                raise ValueError(f"{group}: got a {type(nested).__name__}; expected a dict of keywords.")
             _refuse_unknown(nested, known, group)
             twice = nested.keys() & flat.keys()
             if twice:
@@ -596,7 +680,11 @@ class _Options:
         if merged.pop("truncation", None) not in (None, False, "do_not_truncate"):
             raise ValueError("truncation: a cut prompt would lose image slots; shorten the question, or drop images.")
         fps, timestamps = merged.pop("fps", None), merged.pop("timestamps", None)
-        return cls(merged, tensors, fps, timestamps)
+        special = merged.pop("add_special_tokens", True)
+        if not isinstance(special, bool):
+            raise ValueError(f"add_special_tokens: got {special!r}; expected True or False.")
+        names = ("padding", "padding_side", "max_length", "pad_to_multiple_of")
+        return cls(_Padding.of(*map(merged.pop, names, repeat(None))), special, tensors, fps, timestamps)
 
     def per_video(self, videos: int) -> tuple[list[Any], list[Any]]:
         """The rate and the times of each of `videos` videos, None where they are not given."""

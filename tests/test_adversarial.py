@@ -549,6 +549,7 @@ def test_tensors_of_other_kinds_are_refused_by_name(name):
         ({"merge_kernel_size": [0, 2]}, "merge_kernel_size"),
         ({"merge_kernel_size": 2}, "merge_kernel_size: got 2"),
         ({"image_mean": [0.5]}, r"image_mean: got \[0.5\]"),
+        ({"patchify": 5, "grid_of": "x"}, "grid_of, patchify: got a value for a method of the processor"),
         ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean"),
         ({"image_std": [0.5, 0.5, 0]}, "image_std"),
     ],
@@ -563,7 +564,11 @@ def test_another_tokenizer_is_refused():
         unk_token_id = None
         padding_side = "left"
         chat_template = None
+        model_max_length = 99
         shift: dict = {}
+
+        def get_added_vocab(self):
+            return PROCESSOR.tokenizer.get_added_vocab()
 
         def convert_tokens_to_ids(self, tokens):
             if not isinstance(tokens, str):
@@ -574,6 +579,24 @@ def test_another_tokenizer_is_refused():
         def check_argument_for_proper_class(self, *args):
             return type(None)
 
+    for word in ("<box", 5, None, ""):
+        for name in ("image_token", "video_token", "image_start_token", "image_end_token"):
+            with pytest.raises(
+                ValueError, match=rf"{name}: got .*; expected a text|no token '<box' of its own, the {name}"
+            ):
+                Plain(PROCESSOR.image_processor, Other(), **{name: word})
+    for name in ("image_placeholder", "video_placeholder"):
+        with pytest.raises(ValueError, match=f"{name}: got 5; expected a text"):
+            Plain(PROCESSOR.image_processor, Other(), **{name: 5})
+    with pytest.raises(ValueError, match="video_placeholder: got 'image', the image_placeholder's"):
+        Plain(PROCESSOR.image_processor, Other(), video_placeholder="image")
+    with pytest.raises(ValueError, match="merge_kernel_size: got 5"):
+        Plain(PROCESSOR.image_processor, Other(), merge_kernel_size=5)
+    for most in ("x", None, float("nan"), -1):
+        Other.model_max_length = most
+        with pytest.raises(ValueError, match="tokenizer: its model_max_length is"):
+            Plain(PROCESSOR.image_processor, Other())
+    Other.model_max_length = 99
     for token, index, message in (
         ("<|im_end|>", None, "no token '<|im_end|>'"),
         ("<500>", None, "<500> has the id None; expected 932"),

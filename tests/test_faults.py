@@ -9,7 +9,6 @@ import os
 import pickle
 import random
 import signal
-import sys
 import threading
 import traceback
 import weakref
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+import locateanything.forks as forks
 import locateanything.generation as generation
 from benchmarks import load
 from benchmarks.common import resident
@@ -429,14 +429,31 @@ def feed(batch: Batch) -> None:
     batch.model(input_ids=torch.full((4, 99), 5))
 
 
+PICTURE = torch.rand(3, 600, 800)
+
+
+def process(batch: Batch) -> None:
+    chat = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "Q."}]}]
+    processor = processor_of("shapes")
+    processor.process_vision_info(chat)
+    processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    processor.image_processor.preprocess([PICTURE])
+
+
+def preprocess(batch: Batch) -> None:
+    processor_of("shapes").image_processor.preprocess([PICTURE])
+
+
 @pytest.mark.parametrize(
-    ("threads", "first"), [(1, None), (2, None), *((2, what) for what in (load_anew, make_another, extract, feed))]
+    ("threads", "first"),
+    [(1, None), (2, None), *((2, what) for what in (load_anew, make_another, extract, feed, process, preprocess))],
 )
 def test_a_forked_process_answers(threads, first):
     """With more than one thread, torch would wait in the child for the parent's, whatever it is asked first."""
     batch = batch_of(4)
     torch.set_num_threads(threads)
     expected = strip(batch, batch.run())
+    process(batch)  # the parent has its threads by now
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -462,13 +479,12 @@ def test_after_a_fork_the_threads_are_set_once_and_said(monkeypatch, caplog):
     """The same in this process, which takes itself for a fork of another."""
     batch = batch_of(2)
     expected = strip(batch, batch.run())
-    module = sys.modules[type(batch.model).__module__]
-    monkeypatch.setattr(module, "IMPORTED_IN", os.getpid() + 1)
+    monkeypatch.setattr(forks, "IMPORTED_IN", os.getpid() + 1)
     threads = [2]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     warned = []
-    monkeypatch.setattr(module.logger, "warning", warned.append)
+    monkeypatch.setattr(forks.logger, "warning", warned.append)
     assert strip(batch, batch.run()) == strip(batch, batch.run()) == expected
     assert threads == [2, 1] and len(warned) == 1 and "was forked from one that had imported this code" in warned[0]
 

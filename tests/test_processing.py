@@ -7,6 +7,7 @@ import functools
 import json
 import re
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -473,6 +474,56 @@ def test_videos_of_conversations(processor):
     assert f"user\nThe first video sampled with 2.00 fps: Frame-1-0.00s: {A}Frame-2-0.50s: {S}<image 1>{B}Q" in rows[1]
 
 
+def test_padding_is_as_the_tokenizers(processor):
+    """Which is not asked to pad, but would do the same."""
+    texts, tokenizer = ["a", "a b c", "a b"], processor.tokenizer
+    for options in (
+        {"padding": True},
+        {"padding": "longest", "padding_side": "right"},
+        {"padding": "max_length", "max_length": 2},
+        {"padding": "max_length", "max_length": 9, "pad_to_multiple_of": 8},
+        {"padding": True, "pad_to_multiple_of": 5},
+        {"padding": False},
+    ):
+        expected = tokenizer(texts, **options)
+        for tensors in (None, "pt", "np") if len(set(map(len, expected["input_ids"]))) == 1 else (None,):
+            got = processor(text=texts, **options, return_tensors=tensors)
+            for name in ("input_ids", "attention_mask"):
+                rows = got[name] if tensors is None else got[name].tolist()
+                assert rows == expected[name], (options, name)
+    unlimited = copy.deepcopy(processor)
+    unlimited.tokenizer.model_max_length = 10**30
+    with pytest.raises(ValueError, match="max_length: got none with padding='max_length'"):
+        unlimited(text=texts, padding="max_length")
+    unlimited.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="padding: the tokenizer has no pad token"):
+        unlimited(text=texts, padding=True)
+
+
+def test_threads_may_share_a_processor(processor):
+    """Padded calls beside others: the tokenizer keeps no padding, which another thread would change."""
+    texts, wrong = ["a", "a b c", "a b"], []
+    calls = [{"padding": True, "return_tensors": "pt"}, {"padding": False}, {"padding": "max_length", "max_length": 9}]
+    expected = [processor(text=texts, **call)["input_ids"] for call in calls]
+
+    def ask(number):
+        for turn in range(60):
+            place = (turn + number) % 3
+            try:
+                got = processor(text=texts, **calls[place])["input_ids"]
+                if not np.array_equal(got, expected[place]) if place != 1 else got != expected[place]:
+                    wrong.append(got)
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
 def test_padding(processor):
     texts = ["hello", "hello there, longer"]
     assert processor.tokenizer.padding_side == "left"
@@ -526,6 +577,16 @@ def test_padding(processor):
         ({"text": "a", "text_kwargs": {"truncation": "longest_first"}}, "truncation"),
         ({"text": "a", "return_tensors": "tf"}, "return_tensors: got 'tf'"),
         ({"text": "a", "audio": [1]}, "audio"),
+        ({"text": "a", "padding": "yes"}, "padding: got 'yes'"),
+        ({"text": "a", "padding_side": 5}, "padding_side: got 5; expected 'left' or 'right'"),
+        ({"text": "a", "padding": True, "pad_to_multiple_of": -8}, "pad_to_multiple_of: got '-8'"),
+        ({"text": "a", "padding": True, "pad_to_multiple_of": 10**10}, "pad_to_multiple_of: got '10000000000'"),
+        ({"text": "a", "padding": "max_length", "max_length": "x"}, "max_length: got 'x'; expected a whole number"),
+        ({"text": "a", "padding": "max_length", "max_length": True}, "max_length: got 'True'"),
+        ({"text": "a", "add_special_tokens": "x"}, "add_special_tokens: got 'x'"),
+        ({"text": "a", "text_kwargs": 5}, "text_kwargs: got a int; expected a dict"),
+        ({"text": "a", "common_kwargs": []}, "common_kwargs: got a list; expected a dict"),
+        ({"text": ["a", "b c d"], "padding": False, "return_tensors": "pt"}, r"padding: rows of \[1, 5\] tokens"),
         ({"text": "a", "padding": True, "text_kwargs": {"padding": False}}, "padding: given twice"),
     ],
 )
@@ -681,7 +742,17 @@ def folder(tmp_path_factory):
     for file in CHECKPOINTS["shapes"].iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, folder)
-    for name in ("configuration", "processing", "answers", "image_processing", "conversations", "media", "grounding"):
+    names = (
+        "configuration",
+        "processing",
+        "answers",
+        "image_processing",
+        "conversations",
+        "media",
+        "grounding",
+        "forks",
+    )
+    for name in names:
         shutil.copy(ROOT / f"{name}.py", folder)
     maps = {
         "AutoImageProcessor": "processing.LocateAnythingImageProcessor",
