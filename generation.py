@@ -586,12 +586,24 @@ class GenerationLoop:
                 row.done = True
             elif self.criteria:
                 ids = torch.tensor([row.tokens + new[:count]], device=self.device)
-                row.done = bool(torch.as_tensor(self.criteria(ids, None)).any())
+                row.done = self.ended(ids)
             row.cut_at = next((kept for one in self.cutting if (kept := one.answer_to_keep(answer)) is not None), None)
             row.done = row.done or row.cut_at is not None
             if row.done:
                 return new[:count]
         return new
+
+    def ended(self, ids: torch.Tensor) -> bool:
+        """Whether one of the caller's criteria ends a row of these ids, `[1, n]`; each of them is asked."""
+        ends = False
+        for criterion in self.criteria:
+            told = criterion(ids, None)
+            try:
+                ends |= bool(torch.as_tensor(told).any())
+            except (RuntimeError, TypeError, ValueError) as error:
+                name = getattr(criterion, "__name__", type(criterion).__name__)
+                raise ValueError(f"stopping_criteria: {name} gave {told!r}; expected a bool or a tensor.") from error
+        return ends
 
     @property
     def states(self) -> tuple[torch.Tensor, ...]:

@@ -136,7 +136,10 @@ def read_header(folder: Path, variant: str | None = None) -> Header:
         pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
         beside = f"; {', '.join(pickles)} may be pickle, which can run any code and is never loaded" if pickles else ""
         raise ValueError(f"{folder}: holds neither {single.name} nor {index.name}{beside}.")
-    weight_map = _read_json(index).get("weight_map")
+    content = _read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(content.get("metadata"), dict):
+        raise ValueError(f"{index}: has no metadata, which transformers asks for.")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index}: has no weight_map of names to files.")
     tensors: Header = {}
@@ -150,6 +153,10 @@ def read_header(folder: Path, variant: str | None = None) -> Header:
         absent = sorted(name for name, file in weight_map.items() if file == shard and name not in header)
         if absent:
             raise ValueError(f"{path}: lacks {_some(absent)}, which {index.name} looks for there.")
+        # else it depends on the release of transformers which one is read
+        elsewhere = sorted(name for name in header if weight_map.get(name) != shard)
+        if elsewhere:
+            raise ValueError(f"{path}: holds {_some(elsewhere)}, which {index.name} does not look for there.")
         tensors.update(header)
     return tensors
 

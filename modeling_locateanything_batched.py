@@ -391,12 +391,22 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             raise ValueError(f"n_future_tokens={n_future_tokens}: this model predicts {WINDOW} tokens at a time.")
         if verbose and tokenizer is None:
             raise ValueError("verbose=True returns texts and needs tokenizer=; got none.")
+        if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+            raise ValueError(f"tokenizer: got a {type(tokenizer).__name__}; expected a tokenizer or processor.")
+        for name, callbacks in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+            if callbacks is not None and not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
+                raise ValueError(f"{name}: got {callbacks!r}; expected a list of callables.")
+        if prefix_allowed_tokens_fn is not None and not callable(prefix_allowed_tokens_fn):
+            raise ValueError(f"prefix_allowed_tokens_fn: got {prefix_allowed_tokens_fn!r}; expected a callable.")
         # transformers' own stop_strings come with a tokenizer too, and with its contract
         as_text = tokenizer is not None and (verbose or kwargs.get("stop_strings") is None)
         device = self._place_of(self.get_input_embeddings())
         mind_a_fork()
         prompts = read_prompts(input_ids if inputs is None else inputs, attention_mask, self.config, device)
         cap = self.config.text_config.max_position_embeddings
+        known = getattr(tokenizer, "model_max_length", None)  # a processor has none
+        if known is not None:
+            check_number("tokenizer.model_max_length", known, least=1)
         call = resolve(
             [len(prompt) for prompt in prompts.rows],
             generation_mode=generation_mode,
@@ -405,12 +415,14 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             default=self.generation_config,
             arguments=kwargs,
             stock_call=as_text,
-            length_cap=min(cap, getattr(tokenizer, "model_max_length", cap)),
+            length_cap=cap if known is None else min(cap, known),
             end_token_id=self.config.token_roles.end,
             pad_token_id=self.config.pad_token_id,
         )
         features = PromptFeatures(self, prompts, pixel_values, image_grid_hws, visual_features)
-        criteria = self._get_stopping_criteria(call.config, stopping_criteria or StoppingCriteriaList(), tokenizer)
+        criteria = _from_factory(
+            self._get_stopping_criteria, call.config, StoppingCriteriaList(stopping_criteria or []), tokenizer
+        )
         repeats = call.num_return_sequences
         generators = self._generators(generator, len(prompts.rows) * repeats)
         if streamer is not None and len(generators) > 1:
@@ -422,7 +434,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             prompt, settings = prompts.rows[index // repeats], call.rows[index // repeats]
             call.config.max_length = settings.limit
             # transformers' factory builds whatever else the config asks for, some of it by prompt length
-            processors = self._get_logits_processor(
+            processors = _from_factory(
+                self._get_logits_processor,
                 generation_config=call.config,
                 input_ids_seq_length=len(prompt),
                 encoder_input_ids=torch.tensor([prompt], device=device),
@@ -526,6 +539,22 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
                 history.append((mode, text_of([next(ids) for _ in range(count)])))
             histories.append(history)
         return answer, histories[0] if len(rows) == 1 else histories, statistics
+
+
+def _from_factory(factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What transformers makes of a generation config.
+
+    Raises:
+        ValueError: it fails on a value, by whatever exception that leads to.
+    """
+    try:
+        return factory(*args, **kwargs)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the generation config has a value that nothing can be made of ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _side_by_side(rows: list[list], filling: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -93,11 +93,11 @@ def left_padded(inputs: Any) -> Any:
         named = ", ".join(inputs) or "no entries"
         raise ValueError(f"left_padded() got no {' and no '.join(missing)}; its inputs have {named}.")
     try:
-        input_ids, attention_mask = torch.as_tensor(inputs["input_ids"]), torch.as_tensor(inputs["attention_mask"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"left_padded() got rows that are no tensor ({error}); make them with padding=True."
-        ) from None
+        input_ids, attention_mask = (_tensor_of(inputs[name], name) for name in ("input_ids", "attention_mask"))
+    except ValueError as error:
+        raise ValueError(f"left_padded() got {error} Rows are made one tensor with padding=True.") from None
+    if not _whole(input_ids):
+        raise ValueError(f"left_padded() got input_ids of {input_ids.dtype}; expected integers.")
     if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"left_padded() got input_ids {list(input_ids.shape)} and attention_mask {list(attention_mask.shape)}; "
@@ -105,8 +105,9 @@ def left_padded(inputs: Any) -> Any:
         )
     order = (attention_mask != 0).long().argsort(dim=1, stable=True)
     turned: Any = copy.copy(inputs)
-    turned["input_ids"] = input_ids.gather(1, order.to(input_ids.device))
-    turned["attention_mask"] = attention_mask.gather(1, order)
+    for name, values in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        # torch gathers no uint16 and the like
+        turned[name] = values.long().gather(1, order.to(values.device)).to(values.dtype)
     return turned
 
 

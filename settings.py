@@ -103,6 +103,8 @@ def resolve(
     Raises:
         ValueError: an unknown argument, mode or value, a list of the wrong length, a prompt at or over its limit.
     """
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ValueError(f"generation_config: got a {type(given).__name__}; expected a GenerationConfig.")
     rows = len(prompt_lengths)
     modes = _per_row("generation_mode", generation_mode, rows)
     labels = _per_row("verify_labels", verify_labels, rows)
@@ -133,9 +135,13 @@ def resolve(
         settings.append(RowSettings(mode, limit, recipe, own_least, own_labels))
 
     sequences = 1 if config.num_return_sequences is None else config.num_return_sequences
+    if config.max_time is not None:
+        check_number("max_time", config.max_time)
     check_number("num_return_sequences", sequences, whole=True, least=1)
     stops = _ids("eos_token_id", config.eos_token_id)
-    pad = config.pad_token_id
+    pad = _ids("pad_token_id", config.pad_token_id)
+    if len(pad) > 1:
+        raise ValueError(f"pad_token_id={config.pad_token_id!r}: expected one id.")
     # what the rows' settings and the rules already do must not be done a second time by transformers' factories
     config.eos_token_id = config.max_length = config.max_new_tokens = None
     config.min_length = config.min_new_tokens = None
@@ -144,7 +150,7 @@ def resolve(
     return CallSettings(
         rows=settings,
         stops=frozenset(stops) - {end_token_id},
-        pad_token_id=pad_token_id if pad is None else int(pad),
+        pad_token_id=pad[0] if pad else pad_token_id,
         num_return_sequences=int(sequences),
         return_dict=bool(config.return_dict_in_generate),
         scored=bool(config.output_scores),
@@ -216,7 +222,7 @@ def _ids(name: str, value: Any) -> list[int]:
     """One id or several, as a number, list, tensor or array; None for none."""
     value = value.tolist() if hasattr(value, "tolist") else value
     ids = [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
-    if not all(isinstance(one, Integral) and not isinstance(one, bool) and int(one) >= 0 for one in ids):
+    if not all(isinstance(one, Integral) and not isinstance(one, bool) and 0 <= int(one) < 2**31 for one in ids):
         raise ValueError(f"{name}={value!r}: expected token ids, whole numbers of 0 or more.")
     return list(map(int, ids))
 

@@ -106,8 +106,12 @@ def fetch_base(base: str | os.PathLike[str], revision: str | None = None, *, wei
     Raises:
         AssemblyError: there is no such folder or repository, or it cannot be downloaded.
     """
-    folder = Path(base).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(base).expanduser()
+        found = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise AssemblyError(f"base: {str(base)[:80]!r} is no path ({error})") from error
+    if found:
         if revision is not None:
             raise AssemblyError(f"revision: got {revision!r} with the folder {base}, expected it only with a hub id")
         return folder.resolve()
@@ -169,9 +173,12 @@ def assemble(
     target = check_target(base, local_dir, overwrite)
     steps = plan(open_base(fetch_checked(base, revision)), weights)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, so that the last rename stays within one file system
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A sibling, so that the last rename stays within one file system
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise AssemblyError(f"local_dir: {local_dir} cannot be made ({error})") from error
     try:
         built = scratch / "new"
         built.mkdir()
@@ -243,6 +250,9 @@ def plan(base: Base, weights: str = "link", code_repo: str | None = None) -> lis
             steps.append(Step(weights if is_weights(name) else "copy", name, size, source))
     code = code_steps()
     names = {step.name for step in code}
+    folders = sorted({name.partition("/")[0] for name in base.sizes if "/" in name} & names)
+    if folders:
+        raise AssemblyError(f"base: {base.folder} has a folder {folders[0]}, where this project's file goes")
     steps = [step for step in steps if step.name not in names] + code
     return sorted(steps, key=lambda step: step.name)
 
@@ -266,14 +276,22 @@ def switch_auto_map(name: str, text: str, code_repo: str | None = None, *, only_
 
     Returns:
         What it shall hold.
+
+    Raises:
+        AssemblyError: the text is no JSON object, or names a key twice.
     """
-    data = json.loads(text)
+    try:
+        data = parse_json(text)
+    except (RecursionError, ValueError) as error:
+        raise AssemblyError(f"base: {name} is not JSON ({error})") from error
     where = f"{code_repo}--" if code_repo else ""
     ours = {file: {key: where + value for key, value in maps.items()} for file, maps in AUTO_MAPS.items()}
     if name == "tokenizer_config.json":
         named = data.get("auto_map")
         if named is None:
             return text
+        if not isinstance(named, (dict, list)):
+            raise AssemblyError(f"base: {name} has the auto_map {named!r}, expected an object")
         known = {key: value for maps in ours.values() for key, value in maps.items()}
         return _replaced(text, "auto_map", {key: known[key] for key in named if key in known})
     text = _replaced(text, "auto_map", ours[name])
@@ -326,8 +344,15 @@ def check_target(base: str | os.PathLike[str], local_dir: str | os.PathLike[str]
     Raises:
         AssemblyError: something stands there that must not be replaced.
     """
-    target = Path(local_dir).expanduser().resolve()
-    source = Path(base).expanduser()
+    if not str(local_dir):
+        raise AssemblyError("local_dir: got an empty text, expected a folder")
+    try:
+        target, source = Path(local_dir).expanduser().resolve(), Path(base).expanduser()
+        target.exists(), source.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, a null byte, nobody's home
+        raise AssemblyError(
+            f"local_dir {str(local_dir)[:80]!r}, base {str(base)[:80]!r}: no paths ({error})"
+        ) from error
     if source.is_dir() and (target.is_relative_to(source.resolve()) or source.resolve().is_relative_to(target)):
         raise AssemblyError(f"local_dir: got {local_dir}, expected a folder apart from the base {base}")
     if target.exists() and not target.is_dir():
@@ -377,10 +402,13 @@ def _check_weights(base: Base) -> None:
         raise AssemblyError(f"base: {base.folder} lacks {', '.join(missing)}, which {index.name} names")
     for name in sorted(needed):
         # A preview of a hub id has no weights to look into
-        if base.sizes[name] < 1024 and (base.folder / name).is_file():
+        if (base.folder / name).is_file():
             with open(base.folder / name, "rb") as file:
-                if file.read(len(LFS_HEADER)) == LFS_HEADER:
-                    raise AssemblyError(f"base: {base.folder / name} is a Git LFS pointer; run `git lfs pull` there")
+                start = file.read(len(LFS_HEADER))
+            if start == LFS_HEADER:
+                raise AssemblyError(f"base: {base.folder / name} is a Git LFS pointer; run `git lfs pull` there")
+            if not start:  # loading.py looks closer
+                raise AssemblyError(f"base: {base.folder / name} is empty")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -396,12 +424,29 @@ def read_json(path: Path) -> dict[str, Any]:
         AssemblyError: the file holds something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
         raise AssemblyError(f"base: {path} is not JSON ({error})") from error
     if not isinstance(data, dict):
         raise AssemblyError(f"base: {path} holds a JSON {type(data).__name__}, expected an object")
     return data
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is not JSON, or an object names a key twice: readers disagree on which one counts.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"{next(key for key in found if keys.count(key) > 1)!r} twice in one object")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def preview_base(base: str, revision: str | None, *, local: bool) -> Base:

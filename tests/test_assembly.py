@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hub.assembly
-from hub.assembly import assemble, readable_size, remote_code_files, switch_auto_map
+from hub.assembly import assemble, fetch_base, readable_size, remote_code_files, switch_auto_map
 from hub.errors import AssemblyError
 from upload_to_hub import main
 
@@ -271,10 +271,18 @@ def test_missing_file_is_named_and_nothing_is_written(base, target, removed, nam
         ("config.json", "{", r"config\.json is not JSON"),
         ("processor_config.json", "[]", r"processor_config\.json holds a JSON list"),
         ("model.safetensors.index.json", '{"weight_map": []}', "has no weight_map of tensors to files"),
+        # json.loads takes the last of two, the switching the first
+        ("config.json", '{"model_type": "locateanything", "auto_map": {}, "auto_map": {}}', "'auto_map' twice"),
+        ("processor_config.json", '{"a": {"b": 1, "b": 1}}', r"processor_config\.json is not JSON \('b' twice"),
+        ("tokenizer_config.json", '{"auto_map": 5}', r"tokenizer_config\.json has the auto_map 5"),
+        ("config.json", '{"a":' * 99999, r"config\.json is not JSON"),
+        ("LICENSE-CODE/a", "", "has a folder LICENSE-CODE, where this project's file goes"),
+        (SHARDS[0], "", "is empty"),
         (SHARDS[0], "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
     ],
 )
 def test_unusable_base_is_refused(base, target, file, text, message):
+    (base / file).parent.mkdir(exist_ok=True)
     (base / file).write_text(text, encoding="utf-8")
     with pytest.raises(AssemblyError, match=message):
         assemble(base, target)
@@ -343,6 +351,21 @@ def test_base_is_never_built_over(base, place):
     with pytest.raises(AssemblyError, match="apart from the base"):
         assemble(base, base / place, overwrite=True)
     assert listing(base) == before
+
+
+@pytest.mark.parametrize("text", ['{"auto_map": {}, "auto_map": {}}', "{", "[" * 99999])
+def test_switching_refuses_what_it_cannot_read(text):
+    with pytest.raises(AssemblyError, match=r"base: config\.json is not JSON"):
+        switch_auto_map("config.json", text, only_auto_map=True)
+
+
+@pytest.mark.parametrize("place", ["", "\0", "x" * 5000, "/dev/null/x", "~nobody-of-this-name/x"])
+def test_places_that_are_none(base, place):
+    with pytest.raises(AssemblyError, match="local_dir"):
+        assemble(base, place)
+    if place.startswith(("x", "~")):
+        with pytest.raises(AssemblyError, match=r"base: .* is no path"):
+            fetch_base(place)
 
 
 def test_target_that_is_a_file_is_refused(base, tmp_path):

@@ -316,6 +316,19 @@ def test_in_a_next_token_step_too():
             batch.run(generation_mode=mode, logits_processor=[Answers(lambda scores: scores.repeat(2, 1))])
 
 
+@pytest.mark.parametrize("told", ["yes", [[0], [1, 2]], object()])
+def test_a_criterion_that_tells_nothing_is_named(told):
+    class Odd(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return told
+
+    batch = batch_of(3)
+    expected = strip(batch, batch.run())
+    with pytest.raises(ValueError, match=r"stopping_criteria: Odd gave .*; expected a bool or a tensor"):
+        batch.run(stopping_criteria=[Odd()])
+    assert strip(batch, batch.run()) == expected
+
+
 def test_a_processor_may_compute_in_another_precision():
     batch = batch_of(4)
     expected = batch.run().sequences

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -449,6 +451,25 @@ def changed(batch: Batch, **kwargs):
         ({"eos_token_id": [[3]]}, r"eos_token_id=\[\[3\]\]: expected token ids"),
         ({"eos_token_id": "x"}, "eos_token_id='x': expected token ids"),
         ({"eos_token_id": -5}, "eos_token_id=-5: expected token ids"),
+        ({"eos_token_id": 2**40}, "eos_token_id=1099511627776: expected token ids"),
+        ({"pad_token_id": -1}, "pad_token_id=-1: expected token ids"),
+        ({"pad_token_id": 1.5}, "pad_token_id=1.5"),
+        ({"pad_token_id": True}, "pad_token_id=True"),
+        ({"pad_token_id": [3, 4]}, r"pad_token_id=\[3, 4\]: expected one id"),
+        ({"generation_config": {}}, "generation_config: got a dict; expected a GenerationConfig"),
+        ({"tokenizer": 5}, "tokenizer: got a int; expected a tokenizer"),
+        (
+            {"tokenizer": types.SimpleNamespace(decode=str, model_max_length="x")},
+            "model_max_length='x': expected a number",
+        ),
+        ({"logits_processor": 5}, "logits_processor: got 5; expected a list of callables"),
+        ({"logits_processor": [5]}, r"logits_processor: got \[5\]"),
+        ({"stopping_criteria": [5]}, r"stopping_criteria: got \[5\]; expected a list of callables"),
+        ({"prefix_allowed_tokens_fn": 5}, "prefix_allowed_tokens_fn: got 5; expected a callable"),
+        ({"max_time": "x"}, "max_time='x': expected a number"),
+        ({"no_repeat_ngram_size": "x"}, "the generation config has a value that nothing can be made of"),
+        ({"forced_eos_token_id": "x"}, "forced_eos_token_id|nothing can be made of"),
+        ({"stop_strings": 5}, "stop strings"),
         ({"max_batch_rows": "3"}, "max_batch_rows='3': expected a whole number of 1 or more"),
         ({"max_batch_rows": True}, "max_batch_rows=True"),
         ({"max_batch_rows": 2.5}, "max_batch_rows=2.5"),

@@ -143,6 +143,10 @@ def test_weights_that_are_not_this_models_are_refused_unread(folder, unread):
         (lambda index, folder: index["weight_map"].update(x="b.safetensors"), r"b\.safetensors: lacks x"),
         (lambda index, folder: index["weight_map"].update(x="../b.safetensors"), r"names '\.\./b\.safetensors'"),
         (lambda index, folder: index["weight_map"].update(x="b.bin"), r"names 'b\.bin'"),
+        (lambda index, folder: index.pop("metadata"), r"index\.json: has no metadata"),
+        (lambda index, folder: index.update(metadata=[]), r"index\.json: has no metadata"),
+        (lambda index, folder: index["weight_map"].pop("mlp1.0.bias"), r"b\.safetensors: holds mlp1\.0\.bias, which"),
+        (lambda index, folder: shutil.copy(OFFICIAL / "model.safetensors", folder / "a.safetensors"), "a.*: holds"),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused_unread(folder, unread, change, message):
@@ -150,7 +154,10 @@ def test_an_index_that_does_not_fit_is_refused_unread(folder, unread, change, me
     state = load_file(OFFICIAL / "model.safetensors")
     save_file({name: state[name] for name in names[:9]}, folder / "a.safetensors")
     save_file({name: state[name] for name in names[9:]}, folder / "b.safetensors")
-    index = {"weight_map": {name: "a.safetensors" if name in names[:9] else "b.safetensors" for name in names}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: "a.safetensors" if name in names[:9] else "b.safetensors" for name in names},
+    }
     change(index, folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=message):

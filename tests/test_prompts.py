@@ -41,6 +41,8 @@ def test_dtypes_stay_and_lists_and_arrays_are_taken():
         assert turned["input_ids"].tolist()[0] == [0, 0, 5, 6, 7]
     turned = left_padded({"input_ids": torch.tensor(IDS).int(), "attention_mask": torch.tensor(MASK).bool()})
     assert turned["input_ids"].dtype == torch.int32 and turned["attention_mask"].dtype == torch.bool
+    small = left_padded({"input_ids": torch.tensor(IDS, dtype=torch.uint16), "attention_mask": torch.tensor(MASK)})
+    assert small["input_ids"].dtype == torch.uint16 and small["input_ids"].tolist()[0] == [0, 0, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,12 @@ def test_dtypes_stay_and_lists_and_arrays_are_taken():
         ({"input_ids": torch.tensor(IDS)}, "got no attention_mask; its inputs have input_ids"),
         ({"pixel_values": None}, "got no input_ids and no attention_mask"),
         ({"input_ids": [[1], [1, 2]], "attention_mask": [[1], [1, 1]]}, "padding=True"),
+        ({"input_ids": torch.tensor(IDS).to_sparse(), "attention_mask": MASK}, r"input_ids: got a torch\.sparse_coo"),
+        (
+            {"input_ids": IDS, "attention_mask": torch.tensor(MASK, device="meta")},
+            "attention_mask: got a .* meta device",
+        ),
+        ({"input_ids": torch.tensor(IDS).float(), "attention_mask": MASK}, r"input_ids of torch\.float32; expected"),
         ({"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)[:2]}, r"\[3, 5\].*\[2, 5\]"),
         ({"input_ids": torch.tensor(IDS[0]), "attention_mask": torch.tensor(MASK[0])}, r"expected \[rows, length\]"),
     ],
