@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import is_peft_available
 
 from .configuration import LocateAnythingConfig
 
@@ -62,7 +63,8 @@ class CheckedLoading:
 
         Raises:
             ValueError: `use_safetensors=False`, or a local folder whose files are damaged, do not fit the config or
-                its tokenizer, or hold pickle only. The message names the file.
+                its tokenizer, or hold pickle only, or that of an adapter whose base is such a folder. The message
+                names the file.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: pickle can run any code and is never loaded; leave it out.")
@@ -70,7 +72,7 @@ class CheckedLoading:
         given = pretrained_model_name_or_path
         if given is None or kwargs.get("state_dict") is not None or kwargs.get("gguf_file") is not None:
             return own.from_pretrained(given, *args, **kwargs)
-        folder = Path(given) / (kwargs.get("subfolder") or "")
+        folder = _base_of(Path(given) / (kwargs.get("subfolder") or ""))
         if folder.is_dir():
             config = _read_config(folder, kwargs.get("config"))
             check_tokenizer(folder, config)
@@ -81,6 +83,19 @@ class CheckedLoading:
             if not quantised and not kwargs.get("key_mapping"):
                 _check_weights(folder, stored, model, exact=not kwargs.get("ignore_mismatched_sizes"))
         return own.from_pretrained(given, *args, **{**kwargs, "use_safetensors": True})
+
+
+def _base_of(folder: Path) -> Path:
+    """The model's folder: of an adapter's, which transformers loads where peft is installed, that of its base."""
+    path = folder / "adapter_config.json"
+    if not path.is_file() or not is_peft_available():
+        return folder
+    base = _read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{path}: its base_model_name_or_path is {base!r}; expected the model that it adapts.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder}: holds no adapter_model.safetensors; pickle is never loaded.")
+    return Path(base)
 
 
 def _read_config(folder: Path, given: Any) -> Any:
@@ -101,7 +116,7 @@ def _read_config(folder: Path, given: Any) -> Any:
 def _or_value_error(path: Path, make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except (OSError, ValueError):
+    except (ImportError, OSError, ValueError):  # a package that is missing is no fault of the file
         raise
     except Exception as error:  # transformers fails on what a wrong value leads to, by whatever exception
         raise ValueError(

@@ -285,7 +285,8 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         return place
 
 
-class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditionalGeneration):
+# GenerationMixin by name: without, AutoModel loads a class made of this one, whose models cannot be pickled
+class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditionalGeneration, GenerationMixin):
     """LocateAnything whose `generate` takes left-padded batches and predicts a window of tokens a forward."""
 
     # ---- what the generation loop asks of a model

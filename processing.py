@@ -622,7 +622,7 @@ class _Padding:
     @classmethod
     def of(cls, padding: Any, padding_side: Any, max_length: Any, pad_to_multiple_of: Any) -> _Padding:
         strategies = {True: "longest", False: "do_not_pad"}
-        strategy = strategies[padding] if isinstance(padding, bool) else padding
+        strategy = strategies[bool(padding)] if isinstance(padding, (bool, np.bool_)) else padding
         if strategy is not None and strategy not in ("longest", "max_length", "do_not_pad"):
             raise ValueError(
                 f"padding: got {padding!r}; expected True, False, 'longest', 'max_length' or 'do_not_pad'."
@@ -632,7 +632,7 @@ class _Padding:
         for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
             if value is not None and not (is_count(value) and value <= MAX_LENGTH):
                 raise ValueError(f"{name}: got {shorten(value, 30)}; expected a whole number from 1 to {MAX_LENGTH}.")
-        return cls(strategy, padding_side, max_length, pad_to_multiple_of or 1)
+        return cls(strategy, padding_side, max_length, int(pad_to_multiple_of or 1))
 
     def width(self, lengths: list[int], tokenizer: Any) -> int:
         """How many tokens the rows are padded to; longer ones stay."""

@@ -8,7 +8,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -188,10 +188,12 @@ class PromptFeatures:
             visual_features = _tensor_of(visual_features, "visual_features")
             hidden = model.config.text_config.hidden_size
             _require_width([visual_features], hidden, "visual_features (one tensor: projected)")
-            # one stretch of projected features: each row's part counts as one image
+            # of projected features, what fills slots side by side counts as one image
             if sum(prompts.slots) != len(visual_features):
                 _refuse_count(sum(prompts.slots), len(visual_features), "visual_features")
-            self.given, self.projected = list(visual_features.split([n for n in prompts.slots if n])), True
+            slot = model.config.image_token_index
+            runs = [len(list(run)) for row in prompts.rows for shown, run in groupby(row, slot.__eq__) if shown]
+            self.given, self.projected = list(visual_features.split(runs)), True
             self.tokens = [len(feature) for feature in self.given]
         elif visual_features is not None:
             self.given = _tensors_of(visual_features, "visual_features")
@@ -203,7 +205,7 @@ class PromptFeatures:
                 pieces = [
                     read_patches(piece, vision.patch_size) for piece in _tensors_of(pixel_values, "pixel_values")
                 ]
-                pixel_values = torch.cat([torch.empty(0, 3, vision.patch_size, vision.patch_size), *pieces])
+                pixel_values = torch.cat(pieces) if pieces else torch.empty(0, 3, vision.patch_size, vision.patch_size)
             pixel_values = read_patches(pixel_values, vision.patch_size)
             self.sizes = read_grids(image_grid_hws, vision, len(pixel_values))
             self.pixels = list(pixel_values.split([height * width for height, width in self.sizes]))

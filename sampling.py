@@ -66,6 +66,7 @@ class Sampler:
         self.last = {ends[0], *ends[2:]}  # a null ends windows only
         self._warpers: dict[Recipe, LogitsProcessorList] = {}
         self._before: dict[torch.Generator, torch.Tensor] = {}  # states before this step's draws
+        self._fresh: list[Any] = []  # rows that got noise of the common generator in this step, once for each line
 
     def choose(
         self, logits: torch.Tensor, rows: list[Any], slots: list[int]
@@ -153,19 +154,25 @@ class Sampler:
         return broken * MODEL if unsound is None else (broken * PROCESSORS).masked_fill(unsound, MODEL)
 
     def draw(self, probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        self._remember(generator)
+        return draw(probabilities, generator)
+
+    def _remember(self, generator: torch.Generator | None) -> None:
         if generator is not None and generator not in self._before:
             self._before[generator] = generator.get_state()
-        return draw(probabilities, generator)
 
     def keep_draws(self) -> None:
         """The step's tokens are accepted."""
         self._before.clear()
+        self._fresh.clear()
 
     def undo_draws(self) -> None:
         """The step failed and will be done again, with the same numbers."""
         for generator, state in self._before.items():
             generator.set_state(state)
-        self._before.clear()
+        for row in self._fresh:
+            row.noise.pop()
+        self.keep_draws()
 
     def noise(self, row: Any, positions: int, like: torch.Tensor) -> torch.Tensor:
         """`[positions, V]` exponential noise of the row's next tokens; what no token has used yet stays with the row.
@@ -173,6 +180,9 @@ class Sampler:
         Drawn position by position, so that a generator gives what it would give next-token decoding.
         """
         while len(row.noise) < positions:
+            if row.generator is None and self.generator is not None:
+                self._remember(self.generator)  # what is drawn again must not lie with a row as well
+                self._fresh.append(row)
             fresh = torch.empty(1, like.shape[-1], device=like.device)
             row.noise.append(fresh.exponential_(generator=row.generator or self.generator))
             if row.generator is not None and row.settings.mode != "verified":

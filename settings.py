@@ -25,6 +25,8 @@ _WITHOUT_EFFECT = (
     *("cache_implementation", "diversity_penalty", "assistant_early_exit", "synced_gpus"),
     "exponential_decay_length_penalty",
 )
+# their values that mean "off", whichever release's default they are
+_NEUTRAL = {"typical_p": 1.0, "guidance_scale": 1.0, "num_beam_groups": 1}
 LEAST, MOST = 1e-30, 1e30  # of what logits are divided by; beyond, float32 holds no quotient
 
 
@@ -185,7 +187,7 @@ def _config(base: GenerationConfig, arguments: dict[str, Any]) -> GenerationConf
     untouched = GenerationConfig()
     for name in _WITHOUT_EFFECT:
         asked = arguments.pop(name, getattr(config, name, None))
-        if asked and asked != getattr(untouched, name, None):
+        if asked and asked not in (getattr(untouched, name, None), _NEUTRAL.get(name)):
             raise ValueError(f"{name}={asked!r} is not supported: it has no meaning for this model's decoding.")
     unknown = [name for name in arguments if not hasattr(config, name)]
     if unknown:

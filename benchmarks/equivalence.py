@@ -4,7 +4,7 @@
     python benchmarks/equivalence.py MODEL IMAGE [IMAGE …] [--stock DIR_OR_ID] [--dtype bfloat16] [--device cuda]
 
 MODEL is a folder or hub id in the official format; it is loaded with this clone's code. Six parts, each in every
-mode, greedy, at repetition penalty 1.0 and 1.15:
+mode of the stock's, greedy, at repetition penalty 1.0 and 1.15:
 
   A  one row against the stock's own generate (with --stock, under the transformers the stock needs)
   B  identical rows against the row alone
@@ -14,7 +14,7 @@ mode, greedy, at repetition penalty 1.0 and 1.15:
   F  mode "verified" against mode "slow" of the row alone
 
 In float32 at penalty 1.0 every answer must be token-identical, else the verdict is FAIL and the exit code 1. In half
-precision, and at 1.15, the rate is reported (a near-tie may flip, decoding.md §7), with the largest difference of box
+precision, and at 1.15, the rate is reported (a near-tie may flip), with the largest difference of box
 coordinates in thousandths where tokens differ.
 """
 

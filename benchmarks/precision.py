@@ -4,7 +4,7 @@
 
 Rows are the recorded goldens (tests/goldens); float32 answers are the stock model's own. Greedy rows only: a sampled
 row in another precision is another draw. Measured, not asserted: in half precision a product's rounding depends on the
-batch's shape, and an argmax on a near-tie can flip (decoding.md §7).
+batch's shape, and an argmax on a near-tie can flip.
 """
 
 from __future__ import annotations

@@ -145,8 +145,14 @@ def plan_repository(
         raise PublishError(f"repo: {repo} is the base itself; open a pull request there, or name another repository")
     oids: dict[str, str] = {}
     if not local:
-        with hub_errors("base", base, revision):
-            commit, files = listing(base, commit or revision)
+        try:
+            with hub_errors("base", base, revision):
+                commit, files = listing(base, commit or revision)
+        except HubError as error:
+            if kind != CODE_ONLY or not Path(base).expanduser().is_dir():
+                raise
+            beside = "the folder of that name is not looked at, for `code` needs the weights' hub id"
+            raise type(error)(f"{error} ({beside})") from error
         oids = {name: oid_of(file) for name, file in files.items()}
     preview = preview_base(base, revision if local else commit, local=local)
     steps = plan(preview, "copy", code_repo=repo if kind == CODE_ONLY else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
@@ -59,6 +60,13 @@ def test_every_auto_model_gives_the_batched_class(folder, auto):
     model = load(auto, folder)
     assert type(model).__name__ == "LocateAnythingBatchedForConditionalGeneration"
     assert type(model.config).__name__ == "LocateAnythingConfig"
+
+
+def test_a_loaded_model_pickles(model):
+    """To a spawned worker, or by torch.save: its class is the module's own, not one that transformers made of it."""
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_the_other_auto_classes(folder, processor):

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import locateanything.forks as forks
 import locateanything.generation as generation
+import locateanything.sampling as sampling
 from benchmarks import load
 from benchmarks.common import resident
 from locateanything.kv_cache import SlotKVCache
@@ -140,6 +141,43 @@ def test_a_draft_lost_to_memory_changes_no_draw(monkeypatch, mode):
                 generator = torch.Generator().manual_seed(seed)
                 answers.append(model.generate(**batch.inputs, **settings, generator=[generator]).tolist())
         assert answers == answers[:1] * 4, seed
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_rows_share_no_numbers_of_a_common_generator(monkeypatch, number):
+    """Put back because memory ran out, it gives again what it gave; so what lay ready with a row must be gone."""
+    draw, spend, commit = sampling.draw, generation.Row.spend_noise, generation.GenerationLoop.commit
+    step, drawn, spent, calls = [], set(), set(), []
+
+    def first(lines: torch.Tensor) -> list[tuple]:
+        return [tuple(line[:6].tolist()) for line in lines.reshape(-1, lines.shape[-1])]
+
+    def drawing(probabilities, generator):
+        state = generator.get_state()
+        step.extend(first(torch.empty(probabilities.shape).exponential_(generator=generator)))
+        generator.set_state(state)
+        return draw(probabilities, generator)
+
+    def spending(row, tokens):
+        spent.update(first(torch.cat(row.noise[:tokens])) if row.noise else [])
+        spend(row, tokens)
+
+    def short(loop, decided):
+        calls.append(None)
+        if len(calls) == number:
+            step.clear()
+            raise torch.OutOfMemoryError("injected")
+        drawn.update(step)
+        step.clear()
+        return commit(loop, decided)
+
+    monkeypatch.setattr(sampling, "draw", drawing)
+    monkeypatch.setattr(generation.Row, "spend_noise", spending)
+    monkeypatch.setattr(generation.GenerationLoop, "commit", short)
+    batch = batch_of(6)
+    settings = {"generation_mode": ["slow", "verified"] * 3, "temperature": 1.2, "max_new_tokens": 40}
+    batch.model.generate(**batch.inputs, **settings, generator=torch.Generator().manual_seed(5))
+    assert len(calls) > number and drawn and spent and not drawn & spent
 
 
 class Says(LogitsProcessor):

@@ -258,6 +258,44 @@ def test_numbers_of_numpy_are_numbers():
     assert torch.equal(again, output), "None says nothing of its row"
 
 
+@pytest.mark.parametrize("kind", ["projected", "list"])
+def test_equal_pictures_with_other_words_between_them(kind):
+    """Their rows share a prefix that ends between two pictures, also where the features come as one tensor."""
+    case = next(case for case in cases_of("shapes") if len(case["images"]) == 2)
+    batch = Batch("shapes", [case])
+    model, slot = batch.model, batch.model.config.image_token_index
+    ids = case["input_ids"]
+    second = next(i for i in range(len(ids) - 1, 0, -1) if ids[i] == slot and ids[i - 1] != slot)
+    word = next(i for i in range(second - 1, 0, -1) if ids[i] < 400)  # between the pictures
+    rows = [ids, [*ids[: word + 1], 64, 65, *ids[word + 1 :]], [*ids[: word + 1], 66, *ids[word + 1 :]]]
+    with torch.no_grad():
+        features = model.extract_feature(batch.inputs["pixel_values"], batch.inputs["image_grid_hws"])
+        if kind == "projected":
+            features = torch.cat(model.project(features))
+    settings = {"generation_mode": "slow", "max_new_tokens": 12}
+
+    def ask(rows, **settings):
+        width, pad = max(map(len, rows)), model.config.pad_token_id
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        padded = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        shown = torch.cat([features] * len(rows)) if kind == "projected" else features * len(rows)
+        output = model.generate(input_ids=padded, attention_mask=mask, visual_features=shown, **settings)
+        return output[:, width:].tolist()
+
+    alone = [ask([row], **settings)[0] for row in rows]
+    for slots in (1, 2, 3):
+        together = ask(rows, **settings, max_batch_rows=slots)
+        for row, expected in zip(together, alone, strict=True):
+            assert row[: len(expected)] == expected
+
+
+def test_values_that_mean_off_are_taken():
+    """Of whichever release's defaults: a generation config that was saved whole holds them."""
+    batch = Batch("shapes", greedy("hybrid", 2))
+    off = {"typical_p": 1.0, "guidance_scale": 1.0, "num_beam_groups": 1, "min_p": None, "diversity_penalty": 0.0}
+    assert batch.answers(batch.run(**off)) == batch.expected()
+
+
 def test_arrays_of_numpy_are_tensors():
     batch = Batch("shapes", greedy("hybrid", 2))
     model, pixels, grids = batch.model, batch.inputs["pixel_values"], batch.inputs["image_grid_hws"]

@@ -450,6 +450,35 @@ def test_a_config_that_is_not_there_is_not_found(folder, unread):
         Model.from_pretrained(folder, config=str(folder / "absent.json"))
 
 
+def test_an_adapters_base_is_examined(folder, unread, tmp_path, monkeypatch):
+    """Of an adapter's folder transformers loads the base that it names, where peft is installed."""
+    monkeypatch.setattr("locateanything.loading.is_peft_available", lambda: True)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for content, message in [
+        ({}, r"adapter_config\.json: its base_model_name_or_path is None"),
+        (
+            {"base_model_name_or_path": str(folder)},
+            r"adapter: holds no adapter_model\.safetensors; pickle is never loaded",
+        ),
+    ]:
+        (adapter / "adapter_config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            Model.from_pretrained(adapter)
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint: holds neither model\.safetensors"):
+        Model.from_pretrained(adapter)
+    shutil.copy(OFFICIAL / "model.safetensors", folder)
+    with pytest.raises(AssertionError, match="transformers was asked to load"):
+        Model.from_pretrained(adapter)
+
+
+def test_a_kernel_that_is_missing_is_no_fault_of_the_config():
+    config = LocateAnythingConfig.from_pretrained(OFFICIAL, attn_implementation="flash_attention_2")
+    with pytest.raises(ImportError, match=r"(?i)flash.?attention"):
+        Model.from_pretrained(OFFICIAL, config=config)
+
+
 def test_whole_numbers_are_no_weights_unless_the_config_says_so(folder, unread):
     state = load_file(OFFICIAL / "model.safetensors")
     save_file({name: value.to(torch.int8) for name, value in state.items()}, folder / "model.safetensors")

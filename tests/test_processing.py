@@ -274,6 +274,8 @@ def test_the_final_message_can_stay_open(processor):
     conversation = user(image(), "Q.") + user(text("<ref>cat"), role="assistant")
     prompt = processor.apply_chat_template(conversation, continue_final_message=True)
     assert prompt.endswith(f"Q.{END}{START}assistant\n<ref>cat")
+    with pytest.raises(ValueError, match="processor_kwargs: got a int; expected a dict of keywords"):
+        processor.apply_chat_template(conversation, tokenize=True, processor_kwargs=5)
     with pytest.raises(ValueError, match="got both"):
         processor.apply_chat_template(conversation, continue_final_message=True, add_generation_prompt=True)
     with pytest.raises(ValueError, match="tokenize"):

@@ -634,6 +634,21 @@ def test_html_is_no_answer_of_a_hub():
         json.loads("<html>")
 
 
+def test_a_folder_with_the_name_of_a_hub_id_is_told_apart(tmp_path, monkeypatch):
+    """`code` takes hub ids only, so a folder of that name is not its base; who meant it is told."""
+
+    def offline(*args):
+        raise AssemblyError("base: demo/checkpoint cannot be reached")
+
+    monkeypatch.setattr("hub.planning.listing", offline)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssemblyError, match="cannot be reached$"):
+        plan_repository("demo/checkpoint", "a/c", kind=CODE_ONLY)
+    (tmp_path / "demo" / "checkpoint").mkdir(parents=True)
+    with pytest.raises(AssemblyError, match=r"cannot be reached \(the folder of that name is not looked at"):
+        plan_repository("demo/checkpoint", "a/c", kind=CODE_ONLY)
+
+
 def test_a_hub_that_says_nothing_is_left(monkeypatch):
     def info(*_args, timeout=None, **_kwargs):
         raise TimeoutError(f"timed out after {timeout}")
