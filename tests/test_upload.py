@@ -642,7 +642,7 @@ def test_a_folder_with_the_name_of_a_hub_id_is_told_apart(tmp_path, monkeypatch)
 
     monkeypatch.setattr("hub.planning.listing", offline)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AssemblyError, match="cannot be reached$"):
+    with pytest.raises(AssemblyError, match=r"cannot be reached$"):
         plan_repository("demo/checkpoint", "a/c", kind=CODE_ONLY)
     (tmp_path / "demo" / "checkpoint").mkdir(parents=True)
     with pytest.raises(AssemblyError, match=r"cannot be reached \(the folder of that name is not looked at"):
