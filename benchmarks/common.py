@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import platform
@@ -19,6 +20,26 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo" / "checkpoint"
+
+
+def count(text: str) -> int:
+    """An argument that is a whole number of 1 or more."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of 1 or more")
+    return int(text)
+
+
+def counts(text: str, between: str = ",") -> list[int]:
+    """An argument like 1,8,32."""
+    return [count(part) for part in text.split(between)]
+
+
+def size(text: str) -> tuple[int, int]:
+    """An argument like 448x448."""
+    sides = counts(text, "x")
+    if len(sides) != 2:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected WIDTHxHEIGHT")
+    return sides[0], sides[1]
 
 
 def import_drop_in() -> Any:

@@ -34,6 +34,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.common import count  # noqa: E402
 from grounding import build_question, parse_answer  # noqa: E402 (modules of the clone)
 from media import load_image  # noqa: E402
 from upload_to_hub import assemble  # noqa: E402
@@ -133,7 +134,7 @@ def compare(
         for _ in range(3):
             rows = [(draw.choice(images), draw.choice(questions + longer)) for _ in range(draw.randint(3, 9))]
             modes = [draw.choice((*MODES, "verified")) for _ in rows]
-            limits = [draw.choice([4, new_tokens // 2, new_tokens]) for _ in rows]
+            limits = [draw.choice([4, max(1, new_tokens // 2), new_tokens]) for _ in rows]
             settings = {"generation_mode": modes, "max_new_tokens": limits, "repetition_penalty": penalty}
             for row, mode, limit, got in zip(rows, modes, limits, subject.answer(rows, **settings), strict=True):
                 own = {"generation_mode": mode, "max_new_tokens": limit, "repetition_penalty": penalty}
@@ -148,15 +149,18 @@ def main() -> int:
     parser.add_argument("--stock", metavar="DIR_OR_ID", help="the stock model, with its own code")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=count, default=128)
     arguments = parser.parse_args()
 
     pictures = arguments.images or sorted(map(str, (ROOT / "demo" / "images").iterdir()))
-    images = [load_image(picture) for picture in pictures]
     dtype = getattr(torch, arguments.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        # with this clone's code, whatever code the folder or repository may hold
-        ours = assemble(arguments.model, Path(folder) / "drop-in")
+        try:
+            images = [load_image(picture) for picture in pictures]
+            # with this clone's code, whatever code the folder or repository may hold
+            ours = assemble(arguments.model, Path(folder) / "drop-in")
+        except ValueError as error:
+            parser.error(str(error))
         subject = Subject(str(ours), dtype, arguments.device)
         stock = Subject(arguments.stock, dtype, arguments.device) if arguments.stock else None
         results = compare(subject, stock, images, arguments.new_tokens)

@@ -24,7 +24,7 @@ from transformers import Qwen2TokenizerFast, StoppingCriteria
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import DEMO, environment, import_drop_in, print_json, resident  # noqa: E402
+from benchmarks.common import DEMO, count, environment, import_drop_in, print_json, resident  # noqa: E402
 from benchmarks.scenes import scenes  # noqa: E402
 
 MODES = ("hybrid", "fast", "slow", "verified")
@@ -162,9 +162,9 @@ def main() -> int:
     parser.add_argument("--checkpoint", default=str(DEMO), help="a small one (default demo/checkpoint)")
     parser.add_argument("--rows", type=int, default=10000, help="rows of the one call (default 10000; 0 for none)")
     parser.add_argument("--calls", type=int, default=20000, help="short calls (default 20000; 0 for none)")
-    parser.add_argument("--slots", type=int, default=32, help="rows decoded at a time in the one call (default 32)")
-    parser.add_argument("--distinct", type=int, default=1000, help="different rows, run alone first (default 1000)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    parser.add_argument("--slots", type=count, default=32, help="rows decoded at a time in the one call (default 32)")
+    parser.add_argument("--distinct", type=count, default=1000, help="different rows, run alone first (default 1000)")
+    parser.add_argument("--threads", type=count, default=1, help="of torch (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="append the record to this file")
     arguments = parser.parse_args()

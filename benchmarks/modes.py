@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoProcessor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import DEMO, environment, print_json  # noqa: E402
+from benchmarks.common import DEMO, count, environment, print_json  # noqa: E402
 from benchmarks.scenes import Scene, overlap, scenes  # noqa: E402
 from grounding import build_question  # noqa: E402
 from hub.assembly import assemble  # noqa: E402
@@ -39,7 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(DEMO), help="trained on such scenes (default demo/checkpoint)")
-    parser.add_argument("--scenes", type=int, default=200, help="how many (default 200)")
+    parser.add_argument("--scenes", type=count, default=200, help="how many (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="append the record to this file")
     arguments = parser.parse_args()

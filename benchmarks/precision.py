@@ -18,10 +18,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.common import count  # noqa: E402
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=16, help="rows in a batch (default 16)")
+    parser.add_argument("--batch", type=count, default=16, help="rows in a batch (default 16)")
     arguments = parser.parse_args()
 
     from tests.conftest import CHECKPOINTS, Batch, cases_of, model_of

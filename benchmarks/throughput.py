@@ -30,10 +30,13 @@ from common import (
     Stages,
     bandwidth,
     config_of,
+    count,
+    counts,
     decoder_bytes,
     environment,
     print_json,
     random_model,
+    size,
     synchronize,
     without_init,
 )
@@ -141,15 +144,15 @@ def timed(function, device, repeats: int) -> tuple[float, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("tiny", "mid", "full"), default="tiny")
-    parser.add_argument("--batch", default="1,8", help="rows of the batches, e.g. 1,8,32")
+    parser.add_argument("--batch", type=counts, default=[1, 8], help="rows of the batches, e.g. 1,8,32")
     parser.add_argument("--workload", choices=(*WORKLOADS, "all"), default="all")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--size", default="448x448", help="width x height of the images, in pixels")
+    parser.add_argument("--new-tokens", type=count, default=64)
+    parser.add_argument("--size", type=size, default=(448, 448), help="width x height of the images, in pixels")
     parser.add_argument("--mode", choices=("hybrid", "fast", "slow", "verified"), default="fast")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=1, help="the median of so many runs")
-    parser.add_argument("--baseline-rows", type=int, default=2, help="rows of the single-row loops, scaled up")
+    parser.add_argument("--repeats", type=count, default=1, help="the median of so many runs")
+    parser.add_argument("--baseline-rows", type=count, default=2, help="rows of the single-row loops, scaled up")
     parser.add_argument("--stock", metavar="DIR", help="a folder with the stock's config and code")
     parser.add_argument("--json", metavar="FILE", help="append one line per result")
     arguments = parser.parse_args()
@@ -171,10 +174,10 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     print(f"reads {speed / 1e9:.1f} GB/s; floor of a decode step (weights once): {floor * 1e3:.1f} ms")
 
-    size = tuple(int(side) for side in arguments.size.split("x"))
+    size_name = "x".join(map(str, arguments.size))
     for workload in WORKLOADS if arguments.workload == "all" else [arguments.workload]:
-        for batch in map(int, arguments.batch.split(",")):
-            images, questions, limits = rows_of(workload, batch, size, arguments.new_tokens)
+        for batch in arguments.batch:
+            images, questions, limits = rows_of(workload, batch, arguments.size, arguments.new_tokens)
             prepare = partial(preprocess, processor, images, questions, model)
             prepare_seconds, inputs = timed(prepare, device, 1)
             settings = {"generation_mode": arguments.mode, "return_dict_in_generate": True}
@@ -205,7 +208,7 @@ def main() -> None:
 
             record = {
                 **where, "scale": arguments.scale, "dtype": arguments.dtype, "mode": arguments.mode,
-                "workload": workload, "rows": batch, "new_tokens": arguments.new_tokens, "size": arguments.size,
+                "workload": workload, "rows": batch, "new_tokens": arguments.new_tokens, "size": size_name,
                 "seconds": seconds, "preprocess": prepare_seconds, **measured, "rows_per_second": batch / seconds,
                 "boxes_per_second": new / 6 / seconds, "forwards": forwards, "tokens_per_forward": new / forwards,
                 "steps": calls["decode"], "step_ms": 1e3 * measured["decode"] / calls["decode"],
@@ -217,7 +220,7 @@ def main() -> None:
             if stock is not None:
                 record["stock_speedup"] = timed(stock_loop, device, 1)[0] / share / seconds
             print_json(record, arguments.json)
-            print(f"\n{WORKLOADS[workload]}: {batch} rows, {arguments.new_tokens} new tokens, {arguments.size}")
+            print(f"\n{WORKLOADS[workload]}: {batch} rows, {arguments.new_tokens} new tokens, {size_name}")
             parts = {"preprocess": prepare_seconds, **measured}
             parts["rest"] = seconds - sum(measured.values())
             print("  " + "  ".join(f"{name} {part:.2f} s" for name, part in parts.items()))

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import PeakMemory, environment, import_drop_in
+from common import PeakMemory, count, environment, import_drop_in
 
 GRIDS = ((80, 80), (80, 160), (120, 160), (160, 160))
 
@@ -41,7 +41,7 @@ def peak_of(grid: tuple[int, int], layers: int, dtype: torch.dtype, device: torc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=count, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--grid", help=argparse.SUPPRESS)

@@ -1,0 +1,65 @@
+"""The benchmarks' arguments, and that the correctness gate lets equal answers through and no others."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import pytest
+
+from benchmarks import equivalence
+from benchmarks.common import count, counts, size
+from tests.conftest import ROOT
+
+
+def test_numbers_of_the_command_line():
+    assert (count("8"), counts("1,8,32"), size("448x336")) == (8, [1, 8, 32], (448, 336))
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [*((count, text) for text in ("0", "-1", "x", "", "1.5", "²")), (counts, "1,,2"), (counts, "8,0"), (size, "448"),
+     (size, "4x4x4"), (size, "0x448")],
+)  # fmt: skip
+def test_other_numbers_are_refused(read, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected"):
+        read(text)
+
+
+def gate(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["equivalence.py", *arguments])
+    code = equivalence.main()
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_gate(monkeypatch, capsys, wrong):
+    answer = equivalence.Subject.answer
+
+    def one_wrong(subject, rows, **settings):
+        texts = answer(subject, rows, **settings)
+        return texts if len(texts) == 1 else [*texts[:-1], texts[-1] + "<box><1><2></box>"]
+
+    if wrong:
+        monkeypatch.setattr(equivalence.Subject, "answer", one_wrong)
+    image = sorted((ROOT / "demo" / "images").iterdir())[0]
+    code, told = gate(monkeypatch, capsys, str(ROOT / "demo" / "checkpoint"), str(image), "--new-tokens", "3")
+    assert code == int(wrong)
+    assert told.splitlines()[-1] == ("FAIL" if wrong else "PASS")
+    assert "A  penalty 1.0   not run (needs --stock)" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("demo/checkpoint", "no.png"), "image 'no.png': there is no such file"),
+        (("demo/images", "demo/images/002.png"), "base: .*demo/images lacks config.json"),
+        (("demo/checkpoint", "--new-tokens", "0"), "got '0'; expected a whole number of 1 or more"),
+    ],
+)
+def test_what_the_gate_refuses(monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as refused:
+        gate(monkeypatch, capsys, *arguments)
+    assert refused.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
