@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
-from itertools import chain, islice, repeat
-from typing import Any, ClassVar
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,39 +35,16 @@ from .image_processing import (
     Source,
     as_batch,
     image_layout,
-    is_array,
-    is_count,
     is_list,
-    is_number,
 )
+from .keywords import Options, refuse_unknown
+from .layouts import Plan, deal, frame_captions, ordinal, read_texts, video_layout
 from .media import load_image, load_video, shorten
 
 # What stands for "unknown" where the published processor reports a frame's time.
 UNKNOWN_TIME = -1
 UNKNOWN_FPS = 2.0
-MAX_LENGTH = 2**20  # tokens that a row can be padded to
 MAX_DIGITS = 9  # of the K of <image-K>
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
-
-_TEXT_KWARGS = frozenset(
-    [
-        "add_special_tokens",
-        "max_length",
-        "pad_to_multiple_of",
-        "padding",
-        "padding_side",
-        "return_tensors",
-        "truncation",
-    ]
-)
-_IMAGE_KWARGS = frozenset(["return_tensors"])
-_VIDEO_KWARGS = frozenset(["fps", "return_tensors", "timestamps"])
-_NESTED_KWARGS = {
-    "text_kwargs": _TEXT_KWARGS,
-    "images_kwargs": _IMAGE_KWARGS,
-    "videos_kwargs": _VIDEO_KWARGS,
-    "common_kwargs": frozenset(["return_tensors"]),
-}
 
 
 class LocateAnythingProcessor(ProcessorMixin):
@@ -111,10 +88,14 @@ class LocateAnythingProcessor(ProcessorMixin):
         merge_kernel_size: Sequence[int] | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        own = {"image_token": image_token, "video_token": video_token}
-        own |= {"image_start_token": image_start_token, "image_end_token": image_end_token}
-        own |= {"image_placeholder": image_placeholder, "video_placeholder": video_placeholder}
-        for name, word in own.items():
+        for name, word in {
+            "image_token": image_token,
+            "video_token": video_token,
+            "image_start_token": image_start_token,
+            "image_end_token": image_end_token,
+            "image_placeholder": image_placeholder,
+            "video_placeholder": video_placeholder,
+        }.items():
             if not isinstance(word, str) or not word:
                 raise ValueError(f"{name}: got {word!r}; expected a text.")
             if name.endswith("token") and word not in tokenizer.get_added_vocab():
@@ -149,6 +130,8 @@ class LocateAnythingProcessor(ProcessorMixin):
         self._refuse_other_coordinates()
         self._slot_tokens = (image_token, video_token)
         tokenizer.padding_side = "left"
+        # transformers' advice to pad in the call, which threads that share a tokenizer must not
+        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
         self._run = re.compile(
             f"{re.escape(image_start_token)}((?:{re.escape(image_token)})+){re.escape(image_end_token)}"
         )
@@ -270,13 +253,13 @@ class LocateAnythingProcessor(ProcessorMixin):
         if return_tensors != "auto":
             call["return_tensors"] = return_tensors
         if chat_template is None:
-            _refuse_unknown(extras, set(), "the model card's prompt")
+            refuse_unknown(extras, set(), "the model card's prompt")
             texts = [
                 prompt_text(each, self._placeholders, add_generation_prompt, continue_final_message)
                 for each in conversations
             ]
         else:
-            extras.update((name, call.pop(name)) for name in kwargs if name not in _Options.KNOWN)
+            extras.update((name, call.pop(name)) for name in kwargs if name not in Options.KNOWN)
             texts = super().apply_chat_template(
                 conversations,
                 chat_template,
@@ -293,7 +276,7 @@ class LocateAnythingProcessor(ProcessorMixin):
             given = {**(call.get("videos_kwargs") or {}), **call}
             if name not in given and any(value is not None for value in told):
                 call[name] = told
-        options = _Options.of(call)
+        options = Options.of(call)
         if return_tensors == "auto" and return_dict and options.return_tensors is None:
             options = replace(options, return_tensors="pt")
         if not tokenize:
@@ -351,20 +334,20 @@ class LocateAnythingProcessor(ProcessorMixin):
                 fit, an image that cannot be used, truncation.
             TypeError: an unknown keyword.
         """
-        options = _Options.of(kwargs)
+        options = Options.of(kwargs)
         if audio is not None:
             raise ValueError("audio: got some; LocateAnything takes images and videos only.")
-        texts = _texts(text)
+        texts = read_texts(text)
         plans = [self._plan(row, f"text {index}") for index, row in enumerate(texts)]
-        pictures = _deal("images", image_layout(images), [plan.images for plan in plans])
-        clips = _deal("videos", _video_layout(videos), [plan.videos for plan in plans])
+        pictures = deal("images", image_layout(images), [plan.images for plan in plans])
+        clips = deal("videos", video_layout(videos), [plan.videos for plan in plans])
         return self._inputs(texts, plans, pictures, clips, options)
 
     def _refuse_repeated(self, texts: Sequence[str]) -> None:
         for index, text in enumerate(texts):
             refuse_repeated(text, self._placeholders, f"conversation {index}")
 
-    def _plan(self, text: str, name: str) -> _Plan:
+    def _plan(self, text: str, name: str) -> Plan:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -382,22 +365,22 @@ class LocateAnythingProcessor(ProcessorMixin):
         images, videos = numbers.values()
         slots = text.count(self.image_token)
         if not slots:
-            return _Plan(name, tuple(images), tuple(videos))
+            return Plan(name, tuple(images), tuple(videos))
         runs = tuple(len(run[1]) // len(self.image_token) for run in self._run.finditer(text))
         if images or videos or sum(runs) != slots:
             raise ValueError(
                 f"{name}: holds {slots} {self.image_token}, which stand for an image's features; expected only "
                 f"placeholders like <{self.image_placeholder}-1>, or the processor's own expansion of all of them."
             )
-        return _Plan(name, tuple(range(1, len(runs) + 1)), (), runs)
+        return Plan(name, tuple(range(1, len(runs) + 1)), (), runs)
 
     def _inputs(
         self,
         texts: list[str],
-        plans: list[_Plan],
+        plans: list[Plan],
         images: list[list[Source]],
         videos: list[list[Source]],
-        options: _Options,
+        options: Options,
     ) -> BatchFeature:
         mind_a_fork()
         for plan, pictures, clips in zip(plans, images, videos, strict=True):
@@ -410,7 +393,7 @@ class LocateAnythingProcessor(ProcessorMixin):
         captions = zip(rates, times, chain(*videos), strict=True)
         rows = []
         for plan, text, row_shots, row_reels in zip(plans, texts, shots, reels, strict=True):
-            told = [_captions(len(frames), *next(captions)) for frames in row_reels]
+            told = [frame_captions(len(frames), *next(captions)) for frames in row_reels]
             rows.append(self._expand(plan, text, row_shots, row_reels, told))
 
         slots = [sum(map(self._tokens_of, shown)) for _, shown in rows]
@@ -435,7 +418,7 @@ class LocateAnythingProcessor(ProcessorMixin):
 
     def _expand(
         self,
-        plan: _Plan,
+        plan: Plan,
         text: str,
         shots: list[list[Image.Image]],
         reels: list[list[Image.Image]],
@@ -456,7 +439,7 @@ class LocateAnythingProcessor(ProcessorMixin):
                 words, frames = [f"<{self.image_placeholder} {number}>"], shots[number - 1]
             else:
                 words, frames = captions[number - 1], reels[number - 1]
-                words = [f"The {_ordinal(number)} video{words[0]}", *words[1:]]
+                words = [f"The {ordinal(number)} video{words[0]}", *words[1:]]
             shown.extend(frames)
             return "".join(word + self._slots_of(frame) for word, frame in zip(words, frames, strict=True))
 
@@ -468,34 +451,16 @@ class LocateAnythingProcessor(ProcessorMixin):
     def _slots_of(self, image: Image.Image) -> str:
         return f"{self.image_start_token}{self.image_token * self._tokens_of(image)}{self.image_end_token}"
 
-    def _tokenize(self, texts: list[str], slots: list[int], options: _Options) -> dict[str, Any]:
-        # never padded by the tokenizer, which would keep the call's padding, and fails where another thread asks it
-        rows = self.tokenizer(texts, padding=False, add_special_tokens=options.special)["input_ids"]
-        for index, (row, expected) in enumerate(zip(rows, slots, strict=True)):
+    def _tokenize(self, texts: list[str], slots: list[int], options: Options) -> dict[str, Any]:
+        # padded by `pad`, which is Python: a call would set the padding of the tokenizer that threads share
+        rows = self.tokenizer(texts, padding=False, add_special_tokens=options.special, return_attention_mask=True)
+        for index, (row, expected) in enumerate(zip(rows["input_ids"], slots, strict=True)):
             found = int((np.asarray(row) == self.image_token_id).sum())
             if found != expected:
                 raise ValueError(f"text {index}: was tokenised to {found} image slots; its images need {expected}.")
-        padded = options.padding.strategy is not None or (len(texts) > 1 and options.return_tensors is not None)
-        width = options.padding.width(list(map(len, rows)), self.tokenizer) if padded else 0
-        if width > min(map(len, rows)) and self.tokenizer.pad_token_id is None:
-            raise ValueError("padding: the tokenizer has no pad token; expected LocateAnything's.")
-        left = (options.padding.side or self.tokenizer.padding_side) == "left"
-        data: dict[str, Any] = {"input_ids": [], "attention_mask": []}
-        for row in rows:
-            for name, values, filling in zip(
-                data, (row, [1] * len(row)), (self.tokenizer.pad_token_id, 0), strict=True
-            ):
-                padding = [filling] * (width - len(row))
-                data[name].append(padding + values if left else values + padding)
-        if options.return_tensors is not None:
-            lengths = set(map(len, data["input_ids"]))
-            if len(lengths) > 1:
-                raise ValueError(
-                    f"padding: rows of {sorted(lengths)} tokens make no {options.return_tensors!r} tensor; expected "
-                    "padding=True."
-                )
-            data = {name: torch.tensor(values, dtype=torch.long) for name, values in data.items()}
-        return data
+        padding = {"padding": len(texts) > 1 and options.return_tensors is not None, **options.padding}
+        data = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        return dict(self.tokenizer.pad(data, return_tensors=options.return_tensors, **padding))
 
     def _id_of(self, token: str) -> int:
         index = self.tokenizer.convert_tokens_to_ids(token)
@@ -576,185 +541,6 @@ class LocateAnythingProcessor(ProcessorMixin):
                 of 0…1.
         """
         return read_answers(self.tokenizer, outputs, target_sizes, threshold)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a text asks for: the numbers of its placeholders in order, or the lengths of its ready runs of slots."""
-
-    name: str
-    image_numbers: tuple[int, ...]
-    video_numbers: tuple[int, ...]
-    runs: tuple[int, ...] = ()
-
-    @property
-    def images(self) -> int:
-        return max(self.image_numbers, default=0)
-
-    @property
-    def videos(self) -> int:
-        return max(self.video_numbers, default=0)
-
-    def check(self, word: str, numbers: tuple[int, ...], given: int) -> None:
-        """Every number has its image, and every image its number."""
-        missing = sorted({number for number in numbers if number > given})
-        if missing and self.runs:
-            raise ValueError(f"{self.name}: holds slots of {len(self.runs)} {word}s, but got {given}.")
-        if missing:
-            raise ValueError(f"{self.name}: names <{word}-{missing[0]}>, but got {given} {word}(s).")
-        unused = sorted(set(range(1, given + 1)) - set(numbers))
-        if unused:
-            raise ValueError(
-                f"{self.name}: got {given} {word}(s), {len(unused)} of them without a placeholder; write "
-                f"<{word}-{unused[0]}> where it belongs."
-            )
-
-
-@dataclass(frozen=True)
-class _Padding:
-    """strategy: "longest", "max_length", "do_not_pad", or None: "longest" for several texts as tensors."""
-
-    strategy: str | None
-    side: str | None
-    length: int | None
-    multiple: int
-
-    @classmethod
-    def of(cls, padding: Any, padding_side: Any, max_length: Any, pad_to_multiple_of: Any) -> _Padding:
-        strategies = {True: "longest", False: "do_not_pad"}
-        strategy = strategies[bool(padding)] if isinstance(padding, (bool, np.bool_)) else padding
-        if strategy is not None and strategy not in ("longest", "max_length", "do_not_pad"):
-            raise ValueError(
-                f"padding: got {padding!r}; expected True, False, 'longest', 'max_length' or 'do_not_pad'."
-            )
-        if padding_side not in (None, "left", "right"):
-            raise ValueError(f"padding_side: got {padding_side!r}; expected 'left' or 'right'.")
-        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
-            if value is not None and not (is_count(value) and value <= MAX_LENGTH):
-                raise ValueError(f"{name}: got {shorten(value, 30)}; expected a whole number from 1 to {MAX_LENGTH}.")
-        return cls(strategy, padding_side, max_length, int(pad_to_multiple_of or 1))
-
-    def width(self, lengths: list[int], tokenizer: Any) -> int:
-        """How many tokens the rows are padded to; longer ones stay."""
-        if self.strategy == "do_not_pad":
-            return 0
-        width = max(lengths)
-        if self.strategy == "max_length":
-            length = tokenizer.model_max_length if self.length is None else self.length
-            if length > MAX_LENGTH:  # transformers' way of saying that a tokenizer has none
-                raise ValueError("max_length: got none with padding='max_length', and the tokenizer has none either.")
-            width = int(length)
-        return -(-width // self.multiple) * self.multiple
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The keywords of a call, sorted. special: add_special_tokens. fps, timestamps: per video, or None."""
-
-    KNOWN: ClassVar = _TEXT_KWARGS | _VIDEO_KWARGS | _NESTED_KWARGS.keys()
-
-    padding: _Padding
-    special: bool
-    return_tensors: str | None
-    fps: Any
-    timestamps: Any
-
-    @classmethod
-    def of(cls, kwargs: Mapping[str, Any]) -> _Options:
-        flat = {name: value for name, value in kwargs.items() if name not in _NESTED_KWARGS}
-        merged: dict[str, Any] = {}
-        for group, known in _NESTED_KWARGS.items():
-            nested = {} if kwargs.get(group) is None else kwargs[group]
-            if not isinstance(nested, Mapping):
-                raise ValueError(f"{group}: got a {type(nested).__name__}; expected a dict of keywords.")
-            _refuse_unknown(nested, known, group)
-            twice = nested.keys() & flat.keys()
-            if twice:
-                raise ValueError(f"{', '.join(sorted(twice))}: given twice, in {group} and as a keyword.")
-            merged.update(nested)
-        _refuse_unknown(flat, _TEXT_KWARGS | _VIDEO_KWARGS, "the processor")
-        merged.update(flat)
-        tensors = merged.pop("return_tensors", None)
-        if tensors not in (None, "pt", "np"):
-            raise ValueError(f"return_tensors: got {tensors!r}; expected 'pt', 'np' or None.")
-        if merged.pop("truncation", None) not in (None, False, "do_not_truncate"):
-            raise ValueError("truncation: a cut prompt would lose image slots; shorten the question, or drop images.")
-        fps, timestamps = merged.pop("fps", None), merged.pop("timestamps", None)
-        special = merged.pop("add_special_tokens", True)
-        if not isinstance(special, bool):
-            raise ValueError(f"add_special_tokens: got {special!r}; expected True or False.")
-        names = ("padding", "padding_side", "max_length", "pad_to_multiple_of")
-        return cls(_Padding.of(*map(merged.pop, names, repeat(None))), special, tensors, fps, timestamps)
-
-    def per_video(self, videos: int) -> tuple[list[Any], list[Any]]:
-        """The rate and the times of each of `videos` videos, None where they are not given."""
-        rates = [self.fps] * videos if isinstance(self.fps, (int, float)) else self.fps
-        for name, values in (("fps", rates), ("timestamps", self.timestamps)):
-            if values is not None and (not is_list(values) or len(values) != videos):
-                raise ValueError(f"{name}: got {values!r}; expected a list of {videos}, one for each video.")
-        none = [None] * videos
-        return list(rates or none), list(self.timestamps or none)
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: Set[str], where: str) -> None:
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise TypeError(f"{where} got an unknown keyword {', '.join(unknown)}; expected some of {sorted(known)}.")
-
-
-def _texts(text: Any) -> list[str]:
-    texts = [text] if isinstance(text, str) else text
-    if not is_list(texts) or not all(isinstance(row, str) for row in texts):
-        raise ValueError(f"text: got {type(text).__name__}; expected a text or a list of texts.")
-    if not texts:
-        raise ValueError("text: got an empty list; a batch has at least one text.")
-    return list(texts)
-
-
-def _video_layout(videos: Any) -> tuple[list[Any], bool]:
-    """The videos in a list, and whether it is a list of lists of videos, one per text."""
-    if videos is None or (is_list(videos) and not videos):
-        return [], False
-    if not is_list(videos) or not any(map(_is_video, videos)):
-        return [videos], False
-    return list(videos), any(is_list(row) and (not row or any(map(_is_video, row))) for row in videos)
-
-
-def _is_video(value: Any) -> bool:
-    return is_list(value) or (is_array(value) and value.ndim == 4)
-
-
-def _deal(name: str, layout: tuple[list[Any], bool], wanted: list[int]) -> list[list[Source]]:
-    """Each text's share of the images or videos, named by where they stand in the argument."""
-    given, nested = layout
-    if nested:
-        if len(given) != len(wanted) or not all(map(is_list, given)):
-            raise ValueError(f"{name}: got {len(given)} lists for {len(wanted)} texts; expected one list per text.")
-        return [[Source(f"{name}[{i}][{k}]", value) for k, value in enumerate(row)] for i, row in enumerate(given)]
-    if len(given) != sum(wanted):
-        raise ValueError(
-            f"{name}: got {len(given)}; the placeholders of the {len(wanted)} text(s) take {sum(wanted)} "
-            f"({', '.join(map(str, wanted))}). Write <{name[:-1]}-1> where the first of a text belongs."
-        )
-    sources = iter([Source(f"{name}[{i}]", value) for i, value in enumerate(given)])
-    return [list(islice(sources, count)) for count in wanted]
-
-
-def _captions(frames: int, rate: Any, times: Any, source: Source) -> list[str]:
-    """What is written before each frame of a video; the first continues "The first video"."""
-    if rate is not None and not is_number(rate):
-        raise ValueError(f"fps: got {rate!r} for {source.name}; expected frames per second or None.")
-    if times is not None and not (is_list(times) and len(times) == frames and all(map(is_number, times))):
-        raise ValueError(f"timestamps: got {times!r} for {source.name}; expected {frames} numbers, one per frame.")
-    names = [f"Frame-{i + 1}" + ("" if times is None else f"-{times[i]:.2f}s") + ": " for i in range(frames)]
-    head = ": " if rate is None else f" sampled with {rate:.2f} fps: "
-    return [head + names[0], *names[1:]]
-
-
-def _ordinal(number: int) -> str:
-    if number > len(ORDINALS):
-        raise ValueError(f"videos: a text names {number}; the model knows {len(ORDINALS)} in one prompt.")
-    return ORDINALS[number - 1]
 
 
 __all__ = ["LocateAnythingImageProcessor", "LocateAnythingProcessor"]

@@ -565,6 +565,7 @@ def test_another_tokenizer_is_refused():
         padding_side = "left"
         chat_template = None
         model_max_length = 99
+        deprecation_warnings: dict = {}
         shift: dict = {}
 
         def get_added_vocab(self):
