@@ -39,6 +39,7 @@ from .prefill import Entry, content_of, in_passes, plan
 from .sampling import MODEL, Sampler
 from .settings import RowSettings
 
+FLAGS = 6  # numbers that a step's line has behind a row's tokens
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one whole prompt at least)
 LEAST_PREFILL_TOKENS = 256  # less is not tried after running out of memory
 MOST_INDICES = 256
@@ -538,7 +539,7 @@ class GenerationLoop:
     def hand_out(self, lines: list[tuple[list[int], list[float]]]) -> None:
         """Accepted tokens join their rows on the host; the caller's criteria and streamer hear of them."""
         for row, (line, values) in zip(self.active, lines, strict=True):
-            length, drafted, autoregressive, verified, finished, fault = line[WINDOW : WINDOW + 6]
+            length, drafted, autoregressive, verified, finished, fault = line[WINDOW : WINDOW + FLAGS]
             if fault:
                 row.forwards += 1
                 row.steps.append((row.phase, 0))

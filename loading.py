@@ -75,10 +75,11 @@ class CheckedLoading:
         folder = _base_of(Path(given) / (kwargs.get("subfolder") or ""))
         if folder.is_dir():
             config = _read_config(folder, kwargs.get("config"))
+            _check_generation_config(folder)
             check_tokenizer(folder, config)
             stored = read_header(folder, kwargs.get("variant"))
             with torch.device("meta"):
-                model: Any = _or_value_error(folder / "config.json", lambda: cls(copy.deepcopy(config)))  # type: ignore[call-arg]
+                model: Any = or_value_error(folder / "config.json", cls, copy.deepcopy(config))
             quantised = kwargs.get("quantization_config") or _quantisation(folder, config)
             if not quantised and not kwargs.get("key_mapping"):
                 _check_weights(folder, stored, model, exact=not kwargs.get("ignore_mismatched_sizes"))
@@ -98,29 +99,37 @@ def _base_of(folder: Path) -> Path:
     return Path(base)
 
 
-def _read_config(folder: Path, given: Any) -> Any:
-    """The config, and a look at the generation config beside it, of which transformers passes over a damaged one."""
+def _check_generation_config(folder: Path) -> None:
+    """transformers passes over a damaged one."""
     path = folder / "generation_config.json"
     if path.is_file():
         content = _read_json(path)
-        _or_value_error(path, lambda: GenerationConfig.from_dict(content))
+        or_value_error(path, GenerationConfig.from_dict, content)
+
+
+def _read_config(folder: Path, given: Any) -> Any:
     if isinstance(given, PretrainedConfig):  # else a path; 5.x may hand over a class that was loaded twice
         return given
     path = Path(given or folder)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
         _read_json(path)
-    return _or_value_error(path, lambda: LocateAnythingConfig.from_pretrained(given or folder))
+    return or_value_error(path, LocateAnythingConfig.from_pretrained, given or folder)
 
 
-def _or_value_error(path: Path, make: Callable[[], Any]) -> Any:
+def or_value_error(what: Path | str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What transformers makes of values that `what` holds.
+
+    Raises:
+        ValueError: it fails on one of them, by whatever exception that leads to.
+    """
     try:
-        return make()
-    except (ImportError, OSError, ValueError):  # a package that is missing is no fault of the file
+        return make(*args, **kwargs)
+    except (ImportError, OSError, ValueError):  # a package that is missing is no fault of the values
         raise
-    except Exception as error:  # transformers fails on what a wrong value leads to, by whatever exception
+    except Exception as error:
         raise ValueError(
-            f"{path}: has a value that nothing can be made of ({type(error).__name__}: {error})."
+            f"{what}: has a value that nothing can be made of ({type(error).__name__}: {error})."
         ) from error
 
 
@@ -301,4 +310,4 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-__all__ = ["CheckedLoading", "check_tokenizer", "read_header"]
+__all__ = ["CheckedLoading", "check_tokenizer", "or_value_error", "read_header"]

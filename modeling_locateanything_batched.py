@@ -38,7 +38,7 @@ from .decoding import Acceptance  # noqa: F401
 from .forks import mind_a_fork
 from .generation import PHASES, GenerationLoop, Row
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
-from .loading import CheckedLoading
+from .loading import CheckedLoading, or_value_error
 from .prefill import Entry  # noqa: F401
 from .prompts import PATCHES_A_PASS, PromptFeatures, left_padded, read_grids, read_patches, read_prompts
 from .sampling import Sampler  # noqa: F401
@@ -421,8 +421,9 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             pad_token_id=self.config.pad_token_id,
         )
         features = PromptFeatures(self, prompts, pixel_values, image_grid_hws, visual_features)
-        criteria = _from_factory(
-            self._get_stopping_criteria, call.config, StoppingCriteriaList(stopping_criteria or []), tokenizer
+        asked = "the generation config"
+        criteria = or_value_error(
+            asked, self._get_stopping_criteria, call.config, StoppingCriteriaList(stopping_criteria or []), tokenizer
         )
         repeats = call.num_return_sequences
         generators = self._generators(generator, len(prompts.rows) * repeats)
@@ -435,7 +436,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             prompt, settings = prompts.rows[index // repeats], call.rows[index // repeats]
             call.config.max_length = settings.limit
             # transformers' factory builds whatever else the config asks for, some of it by prompt length
-            processors = _from_factory(
+            processors = or_value_error(
+                asked,
                 self._get_logits_processor,
                 generation_config=call.config,
                 input_ids_seq_length=len(prompt),
@@ -540,22 +542,6 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
                 history.append((mode, text_of([next(ids) for _ in range(count)])))
             histories.append(history)
         return answer, histories[0] if len(rows) == 1 else histories, statistics
-
-
-def _from_factory(factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What transformers makes of a generation config.
-
-    Raises:
-        ValueError: it fails on a value, by whatever exception that leads to.
-    """
-    try:
-        return factory(*args, **kwargs)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"the generation config has a value that nothing can be made of ({type(error).__name__}: {error})."
-        ) from error
 
 
 def _side_by_side(rows: list[list], filling: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

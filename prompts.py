@@ -202,9 +202,7 @@ class PromptFeatures:
             self.tokens = [len(feature) for feature in self.given]
         elif pixel_values is not None:
             if isinstance(pixel_values, (list, tuple)):
-                pieces = [
-                    read_patches(piece, vision.patch_size) for piece in _tensors_of(pixel_values, "pixel_values")
-                ]
+                pieces = [read_patches(piece, vision.patch_size) for piece in pixel_values]
                 pixel_values = torch.cat(pieces) if pieces else torch.empty(0, 3, vision.patch_size, vision.patch_size)
             pixel_values = read_patches(pixel_values, vision.patch_size)
             self.sizes = read_grids(image_grid_hws, vision, len(pixel_values))

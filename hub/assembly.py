@@ -348,14 +348,14 @@ def check_target(base: str | os.PathLike[str], local_dir: str | os.PathLike[str]
         raise AssemblyError("local_dir: got an empty text, expected a folder")
     try:
         target, source = Path(local_dir).expanduser().resolve(), Path(base).expanduser()
-        target.exists(), source.is_dir()
+        stands, is_folder = target.exists(), source.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, a null byte, nobody's home
         raise AssemblyError(
             f"local_dir {str(local_dir)[:80]!r}, base {str(base)[:80]!r}: no paths ({error})"
         ) from error
-    if source.is_dir() and (target.is_relative_to(source.resolve()) or source.resolve().is_relative_to(target)):
+    if is_folder and (target.is_relative_to(source.resolve()) or source.resolve().is_relative_to(target)):
         raise AssemblyError(f"local_dir: got {local_dir}, expected a folder apart from the base {base}")
-    if target.exists() and not target.is_dir():
+    if stands and not target.is_dir():
         raise AssemblyError(f"local_dir: {local_dir} is a file, expected a folder")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:

@@ -505,7 +505,7 @@ def changed(batch: Batch, **kwargs):
         ({"stopping_criteria": [5]}, r"stopping_criteria: got \[5\]; expected a list of callables"),
         ({"prefix_allowed_tokens_fn": 5}, "prefix_allowed_tokens_fn: got 5; expected a callable"),
         ({"max_time": "x"}, "max_time='x': expected a number"),
-        ({"no_repeat_ngram_size": "x"}, "the generation config has a value that nothing can be made of"),
+        ({"no_repeat_ngram_size": "x"}, "the generation config: has a value that nothing can be made of"),
         ({"forced_eos_token_id": "x"}, "forced_eos_token_id|nothing can be made of"),
         ({"stop_strings": 5}, "stop strings"),
         ({"max_batch_rows": "3"}, "max_batch_rows='3': expected a whole number of 1 or more"),
