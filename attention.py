@@ -10,29 +10,19 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
-from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
 
-from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
+from .kv_cache import DecodeStep, PrefillStep
 
 
 class WindowAttention(Qwen2Attention):
     """Qwen2Attention that, given a `step` and a `slot_cache`, attends over the latter."""
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        step: PrefillStep | DecodeStep | None = None,
-        slot_cache: SlotKVCache | None = None,
-        **kwargs,
-    ):
-        """hidden_states: `[1, T, hidden]` packed if `step` is given, else as transformers' Qwen2Attention."""
-        if step is None or slot_cache is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+    def forward(self, hidden_states, position_embeddings, *args, step=None, slot_cache=None, **kwargs):
+        """hidden_states: `[1, T, hidden]` packed if `step` is given; else everything is Qwen2Attention's own."""
+        if step is None:
+            return super().forward(hidden_states, position_embeddings, *args, **kwargs)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)

@@ -3,8 +3,8 @@
 """The generation loop: rows enter slots, take steps together, leave when they finish.
 
 A step is one forward pass of the decoder over every active row's pending tokens and windows, the decoding rules on the
-logits, and one small device-to-host copy. Rows differ in everything: prompt, images, mode, limit, recipe, accepted
-tokens, finish.
+logits, and one small device-to-host copy. Rows differ in everything: prompt, images, mode, limit, sampling
+parameters, accepted tokens, finish.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ from .decoding import (
 )
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, Stretch
 from .prefill import Entry, content_of, in_passes, plan
-from .sampling import MODEL, Sampler
-from .settings import RowSettings
+from .sampling import MODEL, Sampler, SamplingParameters
 
 FLAGS = 6  # numbers that a step's line has behind a row's tokens
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one whole prompt at least)
@@ -93,6 +92,21 @@ class Features(Protocol):
 
     def halve(self) -> None:
         """Memory ran out: encode in passes of half the size."""
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """mode: "hybrid", "fast", "slow" or "verified". limit: the row decodes while it and its prompt are shorter.
+
+    least: tokens, prompt included, before which its end is held back. verify_labels: text in labels is accepted as in
+    mode "verified".
+    """
+
+    mode: str
+    limit: int
+    sampling: SamplingParameters
+    least: int = 0
+    verify_labels: bool = False
 
 
 @dataclass

@@ -212,12 +212,9 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         image_grid_hws: torch.Tensor | np.ndarray | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
         visual_features: list[torch.Tensor] | None = None,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One causal pass, as any transformers image-text model: `input_ids` `[B, L]`, images in slot order.
@@ -245,10 +242,7 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
             **kwargs,
         )
 
@@ -266,9 +260,10 @@ class LocateAnythingForConditionalGeneration(LocateAnythingPreTrainedModel, Gene
         """
         return DegenerateAnswerCriteria(self.config.token_roles, **options)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        fed = inputs.get("input_ids")
+        if fed is not None and not (fed == self.config.image_token_index).any():
             # the images are in the cache already
             for name in ("pixel_values", "image_grid_hws", "visual_features"):
                 inputs.pop(name, None)

@@ -1,21 +1,35 @@
 # Copyright 2026 The LocateAnything-batched authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Rows' logits → probabilities → tokens, for rows with different recipes in one step (decoding.md §3, steps 1–6)."""
+"""Logits → probabilities → tokens, for rows with different sampling parameters (decoding.md §3, steps 1–6)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 
 from .decoding import draw, draw_with, stock_warpers
-from .settings import Recipe
 
 # Whose fault it is that a row has no probabilities: its processors made its logits NaN or infinite; they were so.
 PROCESSORS, MODEL = 1, 2
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How a row's logits become probabilities (decoding.md §3). Rows with equal ones are processed together."""
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+
+    @property
+    def samples(self) -> bool:
+        return self.temperature > 0
 
 
 class CheckedProcessor:
@@ -64,7 +78,7 @@ class Sampler:
         self.tokens, self.committed, self.drafted = tokens, committed, drafted
         self.ends, self.generator, self.at = ends, generator, at
         self.last = {ends[0], *ends[2:]}  # a null ends windows only
-        self._warpers: dict[Recipe, LogitsProcessorList] = {}
+        self._warpers: dict[SamplingParameters, LogitsProcessorList] = {}
         self._before: dict[torch.Generator, torch.Tensor] = {}  # states before this step's draws
         self._fresh: list[Any] = []  # rows that got noise of the common generator in this step, once for each line
 
@@ -87,9 +101,9 @@ class Sampler:
         faults = self.faults(probabilities, unsound).amax(-1)
         by_generator: dict[torch.Generator | None, list[int]] = defaultdict(list)
         for place, row in enumerate(rows):
-            if row.settings.recipe.samples:
+            if row.settings.sampling.samples:
                 by_generator[row.generator or self.generator].append(place)
-        if len(by_generator) == 1 and all(row.settings.recipe.samples for row in rows):
+        if len(by_generator) == 1 and all(row.settings.sampling.samples for row in rows):
             return probabilities, self.draw(probabilities, next(iter(by_generator))), faults
         tokens = probabilities.argmax(-1)
         for generator, places in by_generator.items():
@@ -129,7 +143,7 @@ class Sampler:
         faults = self.faults(causal, unsound) * own
         chosen, drafted = causal.argmax(-1), window.argmax(-1)
         for place, row in enumerate(rows):
-            if not row.settings.recipe.samples:
+            if not row.settings.sampling.samples:
                 continue
             noise = self.noise(row, row.drafted + window.shape[1], causal)
             own_lines = row.drafted + 1
@@ -198,7 +212,7 @@ class Sampler:
         line_by_line: bool = False,
         draft: bool = False,
     ) -> torch.Tensor:
-        """`[R, width, V]` logits → probabilities, rows with one recipe together.
+        """`[R, width, V]` logits → probabilities, rows with equal sampling parameters together.
 
         Args:
             line_by_line: line j has j tokens of the row's draft behind it, as next-token decoding would have them;
@@ -206,13 +220,13 @@ class Sampler:
         """
         groups: dict[tuple, list[int]] = defaultdict(list)
         for place, row in enumerate(rows):
-            groups[row.settings.recipe, place if row.processors and not draft else None].append(place)
+            groups[row.settings.sampling, place if row.processors and not draft else None].append(place)
         result = torch.empty_like(logits) if len(groups) > 1 else logits
-        for (recipe, alone), places in groups.items():
+        for (sampling, alone), places in groups.items():
             some = logits if len(groups) == 1 else logits[self.at(places)]
             if alone is not None:
                 some = self.processed(some, rows[alone], slots[alone], line_by_line)
-            elif warpers := self.warpers(recipe):
+            elif warpers := self.warpers(sampling):
                 behind = self.behind(rows, slots, places, logits.shape[1], line_by_line)
                 some = warpers(behind, some.flatten(0, 1)).view(some.shape)
             some = some.softmax(-1)
@@ -237,7 +251,7 @@ class Sampler:
     def processed(self, logits: torch.Tensor, row: Any, slot: int, line_by_line: bool) -> torch.Tensor:
         """Logits `[1, width, V]` of a row with processors of the caller's own, which see exactly its tokens."""
         checked = LogitsProcessorList([CheckedProcessor(each, row.index) for each in row.processors])
-        warpers = self.warpers(row.settings.recipe, checked)
+        warpers = self.warpers(row.settings.sampling, checked)
         if not line_by_line:
             # a copy: what a processor writes into it must not become the row's tokens
             ids = self.tokens[slot, : row.committed].repeat(logits.shape[1], 1)
@@ -253,7 +267,7 @@ class Sampler:
     def holds(self, row: Any, slot: int, lines: list[torch.Tensor]) -> bool:
         """Whether the draft's next token is the one that the last of these lines `[1, V]` gives, and no end."""
         probabilities = lines[-1].softmax(-1)
-        if row.settings.recipe.samples:
+        if row.settings.sampling.samples:
             token = int(draw_with(self.noise(row, len(lines), probabilities)[-1:], probabilities))
         else:
             token = int(probabilities.argmax(-1))
@@ -268,16 +282,18 @@ class Sampler:
         logits[places[:, None], columns[:, None], self.at(self.ends)] = float("-inf")
         return logits
 
-    def warpers(self, recipe: Recipe, processors: LogitsProcessorList | None = None) -> LogitsProcessorList:
-        if processors is None and recipe in self._warpers:
-            return self._warpers[recipe]
+    def warpers(
+        self, sampling: SamplingParameters, processors: LogitsProcessorList | None = None
+    ) -> LogitsProcessorList:
+        if processors is None and sampling in self._warpers:
+            return self._warpers[sampling]
         made = stock_warpers(
-            repetition_penalty=recipe.repetition_penalty,
-            temperature=recipe.temperature,
-            top_p=recipe.top_p,
-            top_k=recipe.top_k,
+            repetition_penalty=sampling.repetition_penalty,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
             between=processors,
         )
         if processors is None:
-            self._warpers[recipe] = made
+            self._warpers[sampling] = made
         return made

@@ -14,6 +14,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from .generation import RowSettings
+from .sampling import SamplingParameters
+
 MODES = ("hybrid", "fast", "slow", "verified")
 DEFAULT_NEW_TOKENS = 2048  # decoding.md §6
 _PER_ROW = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_length")
@@ -28,35 +31,6 @@ _WITHOUT_EFFECT = (
 # their values that mean "off", whichever release's default they are
 _NEUTRAL = {"typical_p": 1.0, "guidance_scale": 1.0, "num_beam_groups": 1}
 LEAST, MOST = 1e-30, 1e30  # of what logits are divided by; beyond, float32 holds no quotient
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a row's logits become probabilities (decoding.md §3). Rows with equal recipes are processed together."""
-
-    repetition_penalty: float = 1.0
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-
-    @property
-    def samples(self) -> bool:
-        return self.temperature > 0
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """mode: one of `MODES`. limit: the row decodes while it holds fewer tokens, prompt included.
-
-    least: tokens, prompt included, before which its end is held back. verify_labels: text in labels is accepted as in
-    mode "verified".
-    """
-
-    mode: str
-    limit: int
-    recipe: Recipe
-    least: int = 0
-    verify_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,11 +104,11 @@ def resolve(
     for row, (mode, prompt) in enumerate(zip(modes, prompt_lengths, strict=True)):
         explicit = {name for name in per_row if per_row[name][row] is not None}
         own = {name: per_row[name][row] if name in explicit else spoken.get(name) for name in _PER_ROW}
-        limit, recipe = _limit(own, prompt, length_cap, row), _recipe(own, explicit, stock_call)
+        limit, sampling = _limit(own, prompt, length_cap, row), _sampling(own, explicit, stock_call)
         own_least = max(least, prompt + least_new if least_new else 0)
         # the other modes accept every token by next-token decoding anyway
         own_labels = labels[row] and mode in ("hybrid", "fast")
-        settings.append(RowSettings(mode, limit, recipe, own_least, own_labels))
+        settings.append(RowSettings(mode, limit, sampling, own_least, own_labels))
 
     sequences = 1 if config.num_return_sequences is None else config.num_return_sequences
     if config.max_time is not None:
@@ -148,7 +122,7 @@ def resolve(
     config.eos_token_id = config.max_length = config.max_new_tokens = None
     config.min_length = config.min_new_tokens = None
     config._eos_token_tensor = None
-    config.do_sample, config.repetition_penalty, config.num_beams = False, 1.0, 1
+    config.do_sample, config.repetition_penalty, config.num_beams, config.num_return_sequences = False, 1.0, 1, 1
     return CallSettings(
         rows=settings,
         stops=frozenset(stops) - {end_token_id},
@@ -243,7 +217,7 @@ def _limit(own: dict[str, Any], prompt: int, cap: int, row: int) -> int:
     return limit
 
 
-def _recipe(own: dict[str, Any], explicit: set[str], stock_call: bool) -> Recipe:
+def _sampling(own: dict[str, Any], explicit: set[str], stock_call: bool) -> SamplingParameters:
     if own["do_sample"] not in (None, True, False):
         raise ValueError(f"do_sample={own['do_sample']!r}: expected True or False.")
     do_sample = None if stock_call and "do_sample" in explicit else own["do_sample"]
@@ -276,7 +250,7 @@ def _recipe(own: dict[str, Any], explicit: set[str], stock_call: bool) -> Recipe
         raise ValueError(f"top_p={top_p}: expected a number from 0 to 1.")
     if top_k is not None and top_k < 0:
         raise ValueError(f"top_k={top_k}: expected a whole number, 0 for no filter.")
-    return Recipe(
+    return SamplingParameters(
         repetition_penalty=float(penalty),
         temperature=float(temperature),
         top_p=None if top_p is None or top_p >= 1 else float(top_p),

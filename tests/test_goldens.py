@@ -107,6 +107,23 @@ def test_the_tokenizers_length_bounds_a_stock_call(tokenizer):
         batch.model.generate(**batch.inputs, tokenizer=CharacterTokenizer(tokenizer, len(case["input_ids"])))
 
 
+OURS = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")  # none of our making
+
+
+@OURS
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_passes_through_transformers_own_attention(checkpointing):
+    from locateanything.modeling_locateanything_batched import LocateAnythingForConditionalGeneration
+
+    model = LocateAnythingForConditionalGeneration.from_pretrained(CHECKPOINTS["shapes"]).train()
+    if checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    batch = Batch("shapes", cases_of("shapes")[:1])
+    model(**batch.inputs, labels=batch.input_ids).loss.backward()
+    assert all(layer.self_attn.q_proj.weight.grad.any() for layer in model.language_model.model.layers)
+
+
+@OURS
 def test_the_plain_models_own_generate_is_slow_mode():
     """transformers' generate on the base class, with DynamicCache and dense masks, is an independent witness."""
     from locateanything.modeling_locateanything_batched import LocateAnythingForConditionalGeneration
