@@ -1,22 +1,29 @@
-# make demo | test | coverage | lint | clean. `make test TRANSFORMERS=4.57.6` picks the other supported line.
+# `make` lists the targets. `make test TRANSFORMERS=4.57.6` picks the other supported line, `TRANSFORMERS=newest` whatever
+# is the newest release on PyPI today.
 
 PYTHON ?= python3
 # The newest 5.x that this Python can install
-TRANSFORMERS ?= $(shell $(PYTHON) -c 'import sys; print("5.23.0" if sys.version_info >= (3, 11) else "5.20.2")')
+TRANSFORMERS ?= $(shell $(PYTHON) -c 'import sys; print("5.24.0" if sys.version_info >= (3, 11) else "5.20.2")')
 # More arguments for pytest or locate.py
 ARGS ?=
 
 VENV := .venv/$(TRANSFORMERS)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+STAMP_ALL := $(VENV)/.stamp-all
 TYPES := $(VENV)/types
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# What pip is asked for, and which environment `.venv/default` leads to (the one of a plain `make`)
+RELEASE := $(if $(filter newest,$(TRANSFORMERS)),--upgrade transformers,transformers==$(TRANSFORMERS))
+DEFAULT := $(if $(filter file,$(origin TRANSFORMERS)),.venv/default,$(VENV))
 
-.PHONY: help demo test coverage lint clean
+.PHONY: help demo test test-all coverage lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      set up an environment and ground the demo pictures"
-	@echo "make test      set up and run the tests            (ARGS='-k assembly' for some)"
+	@echo "make test      set up and run the tests, but for the slow ones   (ARGS='-k assembly' for some)"
+	@echo "make test-all  all tests, with the packages that only they need  (ARGS='-m slow' for the slow ones)"
 	@echo "make coverage  the tests, and what they reach of the remote code, patch/ and hub/"
 	@echo "make lint      linter, formatter and type checker"
 	@echo "make clean     remove environments, caches and results"
@@ -26,12 +33,15 @@ demo: $(STAMP)
 	$(BIN)/python locate.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: $(STAMP_ALL)
+	$(PYTEST) -m "" $(ARGS)
 
 # Slower than `test`: every line is watched, those of the tests' own processes and of transformers' copies too
-coverage: $(STAMP)
+coverage: $(STAMP_ALL)
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(subst python -m,coverage run -m,$(PYTEST)) -m "" $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --include="$$($(BIN)/python -c \
 		'import upload_to_hub as u; print(*u.remote_code_files(), "patch/*", "hub/*", sep=",")')"
@@ -52,12 +62,22 @@ clean:
 	rm -rf .venv .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis located
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml Makefile
+$(STAMP): pyproject.toml Makefile $(if $(filter newest,$(TRANSFORMERS)),always)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is missing or older than 3.10; name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check pip==26.3
-	$(BIN)/python -m pip install --group dev transformers==$(TRANSFORMERS)
+	$(BIN)/python -m pip install --group dev $(RELEASE)
+	$(if $(filter .venv/default,$(DEFAULT)),ln -sfn $(TRANSFORMERS) .venv/default)
 	touch $@
+	@echo "To work in this environment:  source $(DEFAULT)/bin/activate"
+
+$(STAMP_ALL): $(STAMP)
+	$(BIN)/python -m pip install --group all
+	touch $@
+
+# `newest` is asked anew each time
+.PHONY: always
+always:
