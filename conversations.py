@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from .grounding import ANSWER_START, TURN_END, TURN_START
 from .image_processing import is_list
 from .media import shorten
 
 DEFAULT_SYSTEM = "You are a helpful assistant.\n"
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-ANSWER_START = f"{TURN_START}assistant\n"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
-from grounding import TASKS, build_question
 from hub.assembly import (
     assemble,
     fetch_base,
@@ -44,6 +43,7 @@ PROJECT = Path(__file__).resolve().parent
 DEMO_MODEL = PROJECT / "demo" / "checkpoint"
 DEMO_IMAGES = PROJECT / "demo" / "images"
 DEMO_QUERIES = ("red circle", "orange square", "blue triangle", "yellow triangle")
+TASKS = ("detect", "ground", "single", "point", "text", "gui")
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 
@@ -370,7 +370,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--query", action="append", default=[], metavar="TEXT", help="what to find; repeat it for more"
     )
-    parser.add_argument("--task", choices=tuple(TASKS), default="detect", help="which question is asked (%(default)s)")
+    parser.add_argument("--task", choices=TASKS, default="detect", help="which question is asked (%(default)s)")
     parser.add_argument("--model", help="folder or hub id (the small demo checkpoint)")
     modes, dtypes = ("hybrid", "fast", "slow", "verified"), ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--mode", choices=modes, default="hybrid", help="how to decode (%(default)s)")
@@ -443,6 +443,8 @@ def _read(sources: Sequence[str], locator: Locator, errors: list[dict[str, str]]
 
 
 def _rows(pictures: Iterable[Picture], queries: Sequence[str], task: str, seen: list[Picture]) -> Iterator[Row]:
+    from grounding import build_question  # here and not above, as it brings torch
+
     for picture in pictures:
         seen.append(picture)
         for number, query in enumerate(queries, start=1):

@@ -37,13 +37,13 @@ from .cuda_graphs import DecodeGraphs  # noqa: F401
 from .decoding import Acceptance  # noqa: F401
 from .forks import mind_a_fork
 from .generation import PHASES, GenerationLoop, Row
+from .grounding import DegenerateAnswerCriteria
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
 from .loading import CheckedLoading, or_value_error
 from .prefill import Entry  # noqa: F401
 from .prompts import PATCHES_A_PASS, PromptFeatures, left_padded, read_grids, read_patches, read_prompts
 from .sampling import Sampler  # noqa: F401
 from .settings import check_number, resolve
-from .stopping import DegenerateAnswerCriteria
 from .vision import MoonViTModel
 
 logger = logging.get_logger(__name__)

@@ -17,10 +17,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .answers import decode_ids, id_rows, read_answers
 from .conversations import (
-    TURN_END,
-    TURN_START,
     Placeholders,
     Vision,
     prompt_text,
@@ -29,7 +26,7 @@ from .conversations import (
     video_of,
 )
 from .forks import mind_a_fork
-from .grounding import ANSWER_TOKENS
+from .grounding import TURN_END, TURN_START, GroundingMixin
 from .image_processing import (
     LocateAnythingImageProcessor,
     Source,
@@ -47,7 +44,7 @@ UNKNOWN_FPS = 2.0
 MAX_DIGITS = 9  # of the K of <image-K>
 
 
-class LocateAnythingProcessor(ProcessorMixin):
+class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
     """Conversations to model inputs, and answers to boxes and points.
 
     It serves the model card's calls (`py_apply_chat_template`, `process_vision_info`, `processor(text=…, images=…)`,
@@ -477,70 +474,6 @@ class LocateAnythingProcessor(ProcessorMixin):
                 raise ValueError(
                     f"tokenizer: <{coordinate}> has the id {index}; expected {first + coordinate}, as <0> has {first}."
                 )
-
-    # ------------------------------------------------------------------------------------------ answers
-
-    def post_process_image_text_to_text(
-        self,
-        generated_outputs: Any,
-        skip_special_tokens: bool = True,
-        clean_up_tokenization_spaces: bool | None = None,
-    ) -> list[str]:
-        """Decodes what `generate` returned.
-
-        Args:
-            generated_outputs: ids `[rows, length]` or `[length]`, as a tensor, array or lists.
-            skip_special_tokens: drop padding, turn marks and image slots. The tokens that carry an answer (labels,
-                boxes, coordinates) stay, although the vocabulary calls them special too.
-            clean_up_tokenization_spaces: as for the tokenizer's `decode`.
-
-        Returns:
-            One text per row. The text of a prompt is a prefix of the text of that prompt with its answer.
-
-        Raises:
-            ValueError: something else than ids.
-        """
-        rows = id_rows(generated_outputs)
-        if skip_special_tokens:
-            added = self.tokenizer.added_tokens_decoder.items()
-            dropped = {index for index, token in added if token.special and token.content not in ANSWER_TOKENS}
-            rows = [[index for index in row if index not in dropped] for row in rows]
-        return [
-            decode_ids(self.tokenizer, row, clean_up_tokenization_spaces=clean_up_tokenization_spaces) for row in rows
-        ]
-
-    def post_process_grounding(
-        self, outputs: Any, target_sizes: Any = None, threshold: float | None = None
-    ) -> list[dict[str, Any]]:
-        """Labelled boxes and points of each answer, in the shape of transformers' object-detection post-processing.
-
-        Only the answer is read: what follows the last opening of an assistant's turn, up to its end, or all of a row
-        that holds no turns. So a question cannot plant a box. Malformed parts are left out, see
-        `grounding.parse_answer`. Of ids, only the vocabulary's own tokens make a box: letters that spell `<box>` or
-        `<7>` are words, and ids outside of the vocabulary nothing.
-
-        Args:
-            outputs: ids `[rows, length]` of prompts with their answers or of answers alone, a `ModelOutput` with such
-                `sequences`, lists of ids, a text or a list of texts with special tokens kept.
-            target_sizes: `[rows, 2]` or a list of (height, width) in pixels. None leaves fractions of the image's
-                sides, 0…1.
-            threshold: boxes and points with a lower score are left out; needs a `ModelOutput` with `scores`, which
-                `generate(return_dict_in_generate=True, output_scores=True)` returns.
-
-        Returns:
-            Per row `boxes` float32 `[n, 4]` (x_min, y_min, x_max, y_max), `labels` (n texts, "" for none), `points`
-            float32 `[m, 2]` (x, y) and `point_labels` (m texts), in pixels, or fractions without `target_sizes`.
-            Of a `ModelOutput` with `scores` also `scores` and `label_scores`, float32 `[n]`, `point_scores` and
-            `point_label_scores`, `[m]`, in [0, 1]. The score of a box or point is the geometric mean of the
-            probabilities of its coordinate tokens, as the model gave them when it accepted them; the score of a label
-            that of its tokens, 1 where there is no label.
-
-        Raises:
-            ValueError: outputs of another kind, another number of target_sizes than rows, sizes that are not two
-                positive numbers each, scores that do not fit the sequences, or a threshold without scores or outside
-                of 0…1.
-        """
-        return read_answers(self.tokenizer, outputs, target_sizes, threshold)
 
 
 __all__ = ["LocateAnythingImageProcessor", "LocateAnythingProcessor"]

@@ -176,7 +176,7 @@ def degenerate_answer_criteria(
     """
     config, criteria = (
         get_class_from_dynamic_module(name, _place(source))
-        for name in ("configuration.LocateAnythingConfig", "stopping.DegenerateAnswerCriteria")
+        for name in ("configuration.LocateAnythingConfig", "grounding.DegenerateAnswerCriteria")
     )
     return criteria(config.from_dict(unwrapped(model).config.to_dict()).token_roles, **options)
 

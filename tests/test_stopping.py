@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locateanything.stopping import DegenerateAnswerCriteria, read_boxes
+from locateanything.grounding import DegenerateAnswerCriteria, read_boxes
 from tests.conftest import Batch, cases_of, model_of, tokenizer_of
 
 ROLES = model_of("shapes").config.token_roles
