@@ -27,16 +27,8 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
-from hub.assembly import (
-    assemble,
-    fetch_base,
-    fetch_checked,
-    is_drop_in,
-    open_base,
-    read_json,
-    remote_code_files,
-)
-from hub.errors import AssemblyError
+from hub.assembly import assemble, open_base, remote_code_files
+from hub.errors import HubError, explain
 from media import load_image
 
 PROJECT = Path(__file__).resolve().parent
@@ -107,8 +99,11 @@ class Locator:
     def folder(self) -> str:
         try:
             return loadable(self.name)
-        except (OSError, ValueError) as error:
-            raise ModelError(str(error)) from error
+        except Exception as error:
+            line = explain(error)
+            if line is None:
+                raise
+            raise ModelError(line) from error
 
     @cached_property
     def processor(self) -> Any:
@@ -224,16 +219,14 @@ def loadable(model: str) -> str:
         `model` itself, or the assembled folder.
 
     Raises:
-        AssemblyError: there is no such model, or it is not LocateAnything.
+        HubError, OSError, …: there is no such model, or it is not LocateAnything, or the hub does not give it.
     """
-    folder = fetch_base(model, weights=False)
-    config = folder / "config.json"
-    if config.is_file() and is_drop_in(read_json(config)):
+    if open_base(model, download=False).is_drop_in:
         return model
-    folder = fetch_checked(model)
-    digest = hashlib.sha256(str(folder).encode())
-    for name in open_base(folder).sizes:
-        state = (folder / name).stat()
+    base = open_base(model)
+    digest = hashlib.sha256(str(base.folder).encode())
+    for name in base.sizes:
+        state = (base.folder / name).stat()
         digest.update(f"{name} {state.st_size} {state.st_mtime_ns}".encode())
     for path in remote_code_files():
         digest.update(path.read_bytes())
@@ -241,8 +234,8 @@ def loadable(model: str) -> str:
     target = Path(HF_HOME) / "locateanything-batched" / f"{name}-{digest.hexdigest()[:16]}"
     if not target.is_dir():
         try:
-            assemble(folder, target)
-        except (AssemblyError, OSError):
+            assemble(base.folder, target)
+        except (HubError, OSError):
             # Another process may have built the same folder meanwhile
             if not (target / "config.json").is_file():
                 raise

@@ -1,187 +1,209 @@
 # Copyright 2026 The LocateAnything-batched authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""A plan -> a commit on the hub. Large files go up first, where no revision shows them, and the commit comes last.
+"""A checkpoint and this project's code -> one commit on the hub: a repository of one's own, or a pull request.
 
-So an interrupted run has published nothing, and the next one finds the large files there.
+`create_commit` leaves out what is there already and sends large files before the commit, which comes last: an
+interrupted run has published nothing, and the next one goes on.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationCopy,
-    CommitOperationDelete,
-    DiscussionComment,
-    HfApi,
-    constants,
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download
+
+from hub.assembly import (
+    AUTO_MAPS,
+    MODEL,
+    MODEL_ENTRIES,
+    WEIGHTS,
+    Base,
+    Content,
+    edited,
+    is_weights,
+    open_base,
+    plan,
+    print_files,
+    read_json,
+    remote_code_files,
 )
+from hub.card import MARK, is_legal, model_card, pull_request_description
+from hub.errors import HubError
 
-from hub.assembly import Step, fetch_snapshot
-from hub.card import PULL_REQUEST, Origin
-from hub.errors import HubError, PublishError, first_line, hub_errors
-from hub.planning import Publication, listing, target_of
-
-PUBLISHED, UPDATED, UNCHANGED = "Published", "Updated", "Already there, and up to date:"
-TITLE = "Batched generate for any number of rows, on transformers 4.57 and 5.x"
+TITLE = "Batched generate for any number of rows"
+# What AutoConfig and AutoProcessor read
+_READ = (*AUTO_MAPS, "tokenizer*", "vocab.*", "merges.txt", "*_tokens*.json", "chat_template*")
+# What loading reads when it is there: of other code or another base, it must go
+_STALE = ("*.py", *WEIGHTS, *_READ, "generation_config.json", "*.index.json")
 
 
 @dataclass(frozen=True)
-class Published:
-    """What came of it.
+class Publication:
+    """One commit to come.
 
-    url: of the commit or the pull request. revision: where it is, None for main.
-    outcome: PUBLISHED, UPDATED (a pull request that was open) or UNCHANGED.
+    files: contents by name. delete: names. notes: what to say of files that are there. head: the commit that it goes
+    on top of, None where there is no repository yet. pull: whether it opens a pull request.
     """
 
-    url: str
-    revision: str | None
-    outcome: str
+    repo: str
+    base: Base
+    files: dict[str, Content]
+    delete: list[str]
+    notes: list[str]
+    head: str | None
+    title: str
+    description: str
+    pull: bool = False
 
 
-def publish(publication: Publication, *, private: bool = False, say: Callable[[str], None] = print) -> Published:
+def plan_repository(
+    base: str, repo: str, revision: str | None = None, *, code_only: bool = False, private: bool = False
+) -> Publication:
+    """Decide what a repository of one's own shall hold; nothing is written, no weights of a hub id are downloaded.
+
+    Args:
+        base: folder in the official format, or hub id; with `code_only` always a hub id.
+        repo: hub id of the repository, which need not exist.
+        revision: branch, tag or commit of the base.
+        code_only: without the weights, which are loaded from the base.
+        private: refuse a repository that is there and public.
+
+    Raises:
+        HubError: the base is no LocateAnything checkpoint, or the repository holds something else.
+    """
+    if base == repo:
+        raise HubError(f"repo: {repo} is the base itself; open a pull request there, or name another repository")
+    found = open_base(base, revision, download=False, hub_id=code_only)
+    files = plan(found, code_repo=repo if code_only else None)
+    if code_only:
+        kept = {path.name for path in remote_code_files()} | {"LICENSE-CODE"} | set(filter(is_legal, found.sizes))
+        files = {name: content for name, content in files.items() if name in kept or _is_any(name, _READ)}
+    files["README.md"] = model_card(found, repo, revision, code_only=code_only).encode()
+    head, there = _look_at(repo, code_only, private)
+    notes = []
+    if "README.md" in there and MARK not in Path(hf_hub_download(repo, "README.md", revision=head)).read_text("utf-8"):
+        del files["README.md"]
+        notes.append("leaves README.md, which this script did not write; see that it names the base's licence")
+    stale = sorted(name for name in there - files.keys() if _is_any(name, _STALE))
+    notes += [f"deletes {name}, which would be read beside this" for name in stale]
+    description = f"Made of {found.name} at {found.commit}" if found.commit else "Made of a folder"
+    return Publication(repo, found, files, stale, notes, head, TITLE, description)
+
+
+def plan_pull_request(repo: str, variant: str = "default", project_url: str | None = None) -> Publication:
+    """Decide what a pull request changes: our files, and entries of `auto_map`; nothing else.
+
+    Args:
+        repo: hub id of a LocateAnything repository.
+        variant: "default" switches AutoModel; "opt-in" adds AutoModelForImageTextToText and switches nothing;
+            "processor" switches AutoModel and the processor's classes.
+        project_url: where this project lives, for the description.
+
+    Raises:
+        HubError: it is no LocateAnything checkpoint, or holds other code under our files' names.
+    """
+    base = open_base(repo, download=False, hub_id=True)
+    code = remote_code_files() if variant == "processor" else remote_code_files(MODEL_ENTRIES)
+    there = set(HfApi().list_repo_files(repo, revision=base.commit))
+    config = base.folder / "config.json"
+    if MODEL not in config.read_text(encoding="utf-8") and (clash := sorted({path.name for path in code} & there)):
+        raise HubError(f"repo: {repo} has a {clash[0]} of its own, where this project's file goes")
+
+    def name_the_model(data: dict[str, Any]) -> None:
+        named = data.setdefault("auto_map", {})
+        switched = [] if variant == "opt-in" else ["AutoModel", *(auto for auto in named if "AutoModelFor" in auto)]
+        named.update(dict.fromkeys([*switched, "AutoModelForImageTextToText"], MODEL))
+
+    def name_the_processor(data: dict[str, Any]) -> None:
+        data["auto_map"] = AUTO_MAPS["processor_config.json"]
+
+    files: dict[str, Content] = {path.name: path for path in code}
+    files["config.json"] = edited(config, name_the_model)
+    if variant == "processor":
+        for name in AUTO_MAPS.keys() & base.sizes.keys() - {"config.json"}:
+            files[name] = edited(base.folder / name, name_the_processor)
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in code)
+    description = pull_request_description(repo, variant, len(code), lines, project_url)
+    title = TITLE if variant == "default" else f"{TITLE} ({variant})"
+    return Publication(repo, base, files, [], [], base.commit, title, description, pull=True)
+
+
+def publish(publication: Publication, *, private: bool = False) -> tuple[str, str | None]:
     """Make a plan true: create the repository if there is none, send large files, and commit everything at once.
+
+    A pull request that this user has open under the same title gets the commit, else a new one.
 
     Args:
         publication: the plan.
         private: make a new repository private.
-        say: told what is not as planned.
 
     Returns:
-        Where it is.
+        What came of it, for people, and the revision where it is, None for main.
 
     Raises:
-        PublishError: the hub refuses or cannot be reached. No revision has changed; the next run goes on.
+        HubError, OSError, …: the hub refuses or cannot be reached. No revision has changed; the next run goes on.
     """
-    api, repo = HfApi(), publication.repo
-    if publication.kind == PULL_REQUEST:
-        return _open_pull_request(with_open_pull(publication))
-    with hub_errors("repo", repo):
-        api.whoami()
+    api, repo, base = HfApi(), publication.repo, publication.base
+    user = api.whoami()["name"]  # before gigabytes are downloaded
+    create_pr, head, revision = publication.pull, publication.head, None
+    if publication.pull:
+        pulls = api.get_repo_discussions(repo, author=user, discussion_type="pull_request", discussion_status="open")
+        if number := next((pull.num for pull in pulls if pull.title == publication.title), None):
+            create_pr, revision = False, f"refs/pr/{number}"
+            head = api.model_info(repo, revision=revision).sha
+    elif head is None:
+        api.create_repo(repo, private=private, exist_ok=True)
+    if base.commit is not None and any(map(is_weights, publication.files)):
+        open_base(base.name, base.commit, hub_id=True)  # to this machine
+    commit = api.create_commit(
+        repo,
+        [
+            *(CommitOperationDelete(name) for name in publication.delete),
+            *(CommitOperationAdd(name, content) for name, content in publication.files.items()),
+        ],
+        commit_message=publication.title,
+        commit_description=publication.description,
+        create_pr=create_pr,
+        revision=revision,
+        parent_commit=head,
+    )
+    if commit.oid == head:
+        return f"Already there, and up to date: {constants.ENDPOINT}/{repo}", revision
+    return f"Published {commit.pr_url or commit.commit_url}", revision or commit.pr_revision
+
+
+def print_publication(publication: Publication, *, private: bool = False) -> None:
+    """Print what `publish` would do, one line a file; it leaves out what is there already."""
     if publication.head is None:
-        with hub_errors("repo", repo):
-            api.create_repo(repo, private=private, exist_ok=True)
-        head, there = target_of(repo, publication.kind)
-        publication = replace(publication, head=head, there=there)
-    changes = publication.changes
-    if not changes:
-        return Published(f"{constants.ENDPOINT}/{repo}", None, UNCHANGED)
-    try:
-        commit = _commit(publication, _on_disk(publication, changes))
-    except _CannotCopy as error:
-        say(f"The hub does not copy the weights ({error}); they are downloaded and uploaded instead.")
-        changes = [replace(step, action="upload") if step.action == "copy" else step for step in changes]
-        commit = _commit(publication, _on_disk(publication, changes))
-    return Published(str(commit.commit_url), None, PUBLISHED)
+        print(f"create {'private' if private else 'public'} repository {publication.repo}")
+    print_files(publication.files, publication.base)
+    for line in publication.notes:
+        print(line)
+    place = "a new pull request" if publication.pull else "main"
+    print(f"One commit to {publication.repo}, {place}, on top of {publication.head}. Nothing was published.")
 
 
-class _CannotCopy(HubError):
-    """The hub does not copy large files between these repositories."""
+def _look_at(repo: str, code_only: bool, private: bool) -> tuple[str | None, set[str]]:
+    """The commit and the file names of the repository to write to, once it is sure that it is no other model's."""
+    api = HfApi()
+    if not api.repo_exists(repo):
+        return None, set()
+    info = api.model_info(repo)
+    there = {file.rfilename for file in info.siblings or []}
+    if private and not info.private:
+        raise HubError(f"private: {repo} is there and public; make it private in its settings, or name another one")
+    if code_only and any(map(is_weights, there)):
+        raise HubError(f"repo: {repo} holds weights; name another one for the code alone")
+    found: Any = "locateanything"
+    if "config.json" in there:
+        found = read_json(Path(hf_hub_download(repo, "config.json", revision=info.sha))).get("model_type")
+    elif there - {".gitattributes", "README.md"}:
+        found = "unknown"
+    if found != "locateanything":
+        raise HubError(f"repo: {repo} holds a model of type {found!r}, expected none or 'locateanything'")
+    return str(info.sha), there
 
 
-def with_open_pull(publication: Publication) -> Publication:
-    """A pull request's plan, on top of the one that this user has open, if there is one.
-
-    Args:
-        publication: the plan of a new one.
-
-    Returns:
-        The plan.
-
-    Raises:
-        PublishError: there is no token, or the hub cannot be reached.
-    """
-    api, repo = HfApi(), publication.repo
-    with hub_errors("repo", repo):
-        user = api.whoami()["name"]
-        mine = api.get_repo_discussions(repo, author=user, discussion_type="pull_request", discussion_status="open")
-        found = next((pull.num for pull in mine if pull.title == TITLE), None)
-        if found is None:
-            return publication
-        head, there = listing(repo, f"refs/pr/{found}")
-    return replace(publication, head=head, there=there, pull=found)
-
-
-def _open_pull_request(publication: Publication) -> Published:
-    """Open it, or bring the one that is open up to date."""
-    repo, number = publication.repo, publication.pull
-    if number is not None:
-        revision, outcome = f"refs/pr/{number}", UNCHANGED
-        if publication.changes:
-            _commit(publication, publication.changes, revision=revision)
-            outcome = UPDATED
-        if _describe(publication, number):
-            outcome = UPDATED
-        return Published(f"{constants.ENDPOINT}/{repo}/discussions/{number}", revision, outcome)
-    if not publication.changes:
-        raise PublishError(f"repo: {repo} holds this code already, so there is nothing to ask for")
-    commit = _commit(publication, publication.changes, create_pr=True)
-    return Published(str(commit.pr_url), str(commit.pr_revision), PUBLISHED)
-
-
-def _describe(publication: Publication, number: int) -> bool:
-    """Bring an open pull request's description, which is its first comment, up to date."""
-    api, repo = HfApi(), publication.repo
-    with hub_errors("repo", repo):
-        events = api.get_discussion_details(repo, number).events
-        first = next((event for event in events if isinstance(event, DiscussionComment)), None)
-        if first is None or first.content.strip() == publication.description.strip():
-            return False
-        api.edit_discussion_comment(repo, number, first.id, publication.description)
-    return True
-
-
-def _commit(
-    publication: Publication, changes: Iterable[Step], *, revision: str | None = None, create_pr: bool = False
-) -> Any:
-    api, repo = HfApi(), publication.repo
-    operations = [_operation(step, publication.origin) for step in changes]
-    additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
-    # Apart from the commit, so that what fails here is known to have published nothing
-    with hub_errors("repo", repo):
-        api.preupload_lfs_files(repo, additions, revision=revision, create_pr=create_pr, free_memory=False)
-    with hub_errors("repo", repo, at_commit=True):
-        try:
-            return api.create_commit(
-                repo,
-                operations,
-                commit_message=TITLE,
-                commit_description=publication.description,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=publication.head,
-            )
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt(
-                "the commit may have been made. The same command tells, and goes on"
-            ) from interrupt
-        except Exception as error:
-            if _is_about_copying(error):
-                raise _CannotCopy(first_line(error)) from error
-            raise
-
-
-def _operation(step: Step, origin: Origin) -> Any:
-    if step.action == "delete":
-        return CommitOperationDelete(step.name)
-    if step.action == "copy":
-        return CommitOperationCopy(
-            step.name, step.name, src_revision=origin.commit, src_repo_id=origin.name, src_repo_type="model"
-        )
-    return CommitOperationAdd(step.name, step.content if step.content is not None else str(step.source))
-
-
-def _on_disk(publication: Publication, changes: list[Step]) -> list[Step]:
-    """The changes, what is to be uploaded being on this machine."""
-    missing = {step.name for step in changes if step.action == "upload" and step.source is None}
-    if not missing:
-        return changes
-    folder = fetch_snapshot(publication.origin.name, publication.origin.commit)
-    return [replace(step, source=folder / step.name) if step.name in missing else step for step in changes]
-
-
-def _is_about_copying(error: Exception) -> bool:
-    response = getattr(error, "response", None)
-    url = str(getattr(getattr(response, "request", None), "url", ""))
-    return type(error).__name__ == "FileDuplicationError" or "/lfs-files/duplicate" in url or "xet hash" in str(error)
+def _is_any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -93,7 +93,6 @@ class Hub:
         self.requests: list[str] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
-        self.copies = True  # whether large files can be copied from one repository to another
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -268,7 +267,6 @@ class Handler(BaseHTTPRequestHandler):
         entry = {"type": "file", "path": name, "size": len(data), "oid": git_oid(data)}
         if is_large(name, len(data)):
             entry["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
-            entry["xetHash"] = sha256(data)[::-1]
         return entry
 
     def info(self, repo: str, rev: str = "", **_: object) -> None:
@@ -289,18 +287,6 @@ class Handler(BaseHTTPRequestHandler):
         found = self._repo(repo)
         files = found.commits[self._commit_of(found, rev)]
         raise Answer(200, [self.entry(name, data) for name, data in sorted(files.items())])
-
-    def paths_info(self, repo: str, rev: str, body: bytes) -> None:
-        found = self._repo(repo)
-        files = found.commits[self._commit_of(found, rev)]
-        asked = parse_qs(body.decode()).get("paths", [])
-        raise Answer(200, [self.entry(name, files[name]) for name in asked if name in files])
-
-    def references(self, repo: str, **_: object) -> None:
-        found = self._repo(repo)
-        branches = [{"name": "main", "ref": "refs/heads/main", "targetCommit": found.refs["main"]}]
-        pulls = [{"name": n, "ref": n, "targetCommit": oid} for n, oid in found.refs.items() if n != "main"]
-        raise Answer(200, {"branches": branches, "tags": [], "converts": [], "pullRequests": pulls})
 
     def resolve(self, repo: str, rev: str, path: str, **_: object) -> None:
         found = self._repo(repo, content=True)
@@ -351,21 +337,6 @@ class Handler(BaseHTTPRequestHandler):
         data = self.hub.repos[repo].stored.get(asked["oid"])
         raise Answer(200 if data is not None and len(data) == asked["size"] else 404)
 
-    def copy(self, repo: str, body: bytes) -> None:
-        source, asked = self._repo(repo, content=True), json.loads(body)
-        target = self._repo(asked["target"]["name"], write=True)
-        if not self.hub.copies:
-            raise Answer(501, {"error": "another region"}, message="another region")
-        done, failed = [], []
-        for file in asked["files"]:
-            data = source.stored.get(file["sha256"])
-            if data is None or file["xetHash"] != file["sha256"][::-1]:
-                failed.append({"sha256": file["sha256"], "error": "not found"})
-            else:
-                target.stored[file["sha256"]] = data
-                done.append(file["sha256"])
-        raise Answer(200, {"success": done, "failed": failed})
-
     def commit(self, repo: str, rev: str, body: bytes) -> None:
         pull = "create_pr" in self.query
         found = self._repo(repo)
@@ -392,10 +363,7 @@ class Handler(BaseHTTPRequestHandler):
             rev, url = f"refs/pr/{number}", f"{self.hub.url}/{repo}/discussions/{number}"
             number_of = {"title": header["summary"], "num": number, "author": {"name": self.user}, "status": "open"}
             about = {"createdAt": "2026-11-23T00:00:00.000Z", "repo": {"name": repo, "type": "model"}}
-            said = {"edited": False, "hidden": False, "latest": {"raw": header["description"]}}
-            comment = {"id": f"c{number}", "type": "comment", "createdAt": about["createdAt"], "data": said}
-            more = {"isPullRequest": True, "changes": {"base": "refs/heads/main"}, "filesWithConflicts": False}
-            found.pulls.append({**number_of, **about, **more, "events": [{**comment, "author": {"name": self.user}}]})
+            found.pulls.append({**number_of, **about, "isPullRequest": True})
         oid = found.commit(rev, files, header["summary"], header["description"])
         link = f"{self.hub.url}/{repo}/commit/{oid}"
         raise Answer(200, {"success": True, "commitOid": oid, "commitUrl": link, "pullRequestUrl": url})
@@ -408,16 +376,6 @@ class Handler(BaseHTTPRequestHandler):
             pulls = [pull for pull in pulls if pull["status"] == self.query["status"]]
         raise Answer(200, {"count": len(pulls), "start": 0, "discussions": pulls})
 
-    def discussion(self, repo: str, number: str, **_: object) -> None:
-        raise Answer(200, self._repo(repo).pulls[int(number) - 1])
-
-    def edit_comment(self, repo: str, number: str, body: bytes) -> None:
-        pull = self._repo(repo).pulls[int(number) - 1]
-        if pull["author"]["name"] != self.user:
-            raise Answer(403, {"error": "not yours"}, message="not yours")
-        pull["events"][0]["data"].update(edited=True, latest={"raw": json.loads(body)["content"]})
-        raise Answer(200, {"updatedComment": pull["events"][0]})
-
 
 REPO, REV = Handler.REPO, Handler.REV
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
@@ -427,13 +385,8 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", rf"/api/models/{REPO}", Handler.info),
     ("GET", rf"/api/models/{REPO}/revision/{REV}", Handler.info),
     ("GET", rf"/api/models/{REPO}/tree/{REV}", Handler.tree),
-    ("POST", rf"/api/models/{REPO}/paths-info/{REV}", Handler.paths_info),
-    ("GET", rf"/api/models/{REPO}/refs", Handler.references),
     ("GET", rf"/api/models/{REPO}/discussions", Handler.discussions),
-    ("GET", rf"/api/models/{REPO}/discussions/(?P<number>\d+)", Handler.discussion),
-    ("POST", rf"/api/models/{REPO}/discussions/(?P<number>\d+)/comment/\w+/edit", Handler.edit_comment),
     ("POST", rf"/api/models/{REPO}/preupload/{REV}", Handler.preupload),
-    ("POST", rf"/api/models/{REPO}/lfs-files/duplicate", Handler.copy),
     ("POST", rf"/api/models/{REPO}/commit/{REV}", Handler.commit),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", rf"/lfs/{REPO}/(?P<oid>\w+)", Handler.put),

@@ -135,7 +135,7 @@ def test_all_pictures_bad_loads_no_model(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [(None, "lacks config.json"), ("{", "is not JSON"), ('{"model_type": "qwen2"}', "lacks preprocessor_config.json")],
+    [(None, "lacks config.json"), ('{"model_type": "qwen2"}', "lacks preprocessor_config.json")],
 )
 def test_unusable_model_gives_one_line(tmp_path, capsys, config, message):
     if config is not None:
