@@ -198,13 +198,13 @@ class GroundingMixin:
                 `sequences`, lists of ids, a text or a list of texts with special tokens kept.
             target_sizes: `[rows, 2]` or a list of (height, width) in pixels. None leaves fractions of the image's
                 sides, 0…1.
-            threshold: boxes and points with a lower score are left out; needs a `ModelOutput` with `scores`, which
+            threshold: boxes and points with a lower score are left out; needs `token_log_probs`, which
                 `generate(return_dict_in_generate=True, output_scores=True)` returns.
 
         Returns:
             Per row `boxes` float32 `[n, 4]` (x_min, y_min, x_max, y_max), `labels` (n texts, "" for none), `points`
             float32 `[m, 2]` (x, y) and `point_labels` (m texts), in pixels, or fractions without `target_sizes`.
-            Of a `ModelOutput` with `scores` also `scores` and `label_scores`, float32 `[n]`, `point_scores` and
+            With `token_log_probs` also `scores` and `label_scores`, float32 `[n]`, `point_scores` and
             `point_label_scores`, `[m]`, in [0, 1]. The score of a box or point is the geometric mean of the
             probabilities of its coordinate tokens, as the model gave them when it accepted them; the score of a label
             that of its tokens, 1 where there is no label.
@@ -223,7 +223,7 @@ _WORD = "·"  # an ordinary token, where only the vocabulary's own count
 
 def read_answers(tokenizer: Any, outputs: Any, target_sizes: Any, threshold: float | None) -> list[dict[str, Any]]:
     """`LocateAnythingProcessor.post_process_grounding`, whose docstring tells of arguments, returns and errors."""
-    scores: Any = getattr(outputs, "scores", None)
+    scores: Any = getattr(outputs, "token_log_probs", None)
     if threshold is not None:
         _check_threshold(threshold, scores)
     outputs = getattr(outputs, "sequences", outputs)
@@ -317,13 +317,13 @@ def _read_scored(
     floating = scores.is_floating_point() if isinstance(scores, torch.Tensor) else scores.dtype.kind == "f"
     if not fits or not floating:
         raise ValueError(
-            f"outputs: got scores {scores.dtype} {list(scores.shape)} for {len(rows)} sequence(s) of "
+            f"outputs: got token_log_probs {scores.dtype} {list(scores.shape)} for {len(rows)} sequence(s) of "
             f"{sorted(set(map(len, rows)))} ids; expected floating point [rows, new ids]."
         )
     end, marks = tokenizer.convert_tokens_to_ids(TURN_END), _marks(tokenizer)
     found = []
     sizes = _sizes(target_sizes, len(rows))
-    lines = to_list(scores, "outputs.scores")
+    lines = to_list(scores, "outputs.token_log_probs")
     for ids, values, (height, width) in zip(rows, lines, sizes, strict=True):
         ids = ids[len(ids) - len(values) :]
         told = takewhile(lambda pair: pair[0] != end and not math.isnan(pair[1]), zip(ids, values, strict=True))

@@ -197,7 +197,9 @@ class Locator:
             output_scores=True,
         )
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
-        answers = [ids[~scores.isnan()] for ids, scores in zip(new, output.scores, strict=True)]  # without padding
+        answers = [
+            ids[~scores.isnan()] for ids, scores in zip(new, output.token_log_probs, strict=True)
+        ]  # without padding
         sizes = [(row.picture.size[1], row.picture.size[0]) for row in rows]
         found = self.processor.post_process_grounding(output, target_sizes=sizes, threshold=threshold)
         texts = self.processor.batch_decode(answers, skip_special_tokens=False)

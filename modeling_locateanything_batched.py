@@ -58,8 +58,8 @@ class LocateAnythingGenerateOutput(ModelOutput):
     Args:
         sequences: `[rows, prompt + new]` long, prompts padded on the left as they came, answers on the right.
         row_forwards: `[rows]` long, the decoding forwards each row took part in (the stock's `forward_step`).
-        scores: with `output_scores=True`, `[rows, new]` float32: log-probability of each token of the answers, under
-            the distribution it was accepted from, after penalties and filters. NaN on padding.
+        token_log_probs: with `output_scores=True`, `[rows, new]` float32: log-probability of each token of the
+            answers, under the distribution it was accepted from, after penalties and filters. NaN on padding.
         accepted_by: with `output_scores=True`, `[rows, new]` long, an index into `PHASES`: 0 "mtp" from a window, 1
             "ar" by next-token decoding, 2 "verified" by next-token decoding of a draft. -1 on padding.
         row_errors: per row None, or what ended it before its end: at which token its logits became NaN or infinite,
@@ -68,7 +68,7 @@ class LocateAnythingGenerateOutput(ModelOutput):
 
     sequences: torch.Tensor | None = None
     row_forwards: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
+    token_log_probs: torch.Tensor | None = None
     accepted_by: torch.Tensor | None = None
     row_errors: list[str | None] | None = None
 
@@ -370,7 +370,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             Without `tokenizer`: `[rows, L + new]` long, padded with the pad token behind the answers, or a
             `LocateAnythingGenerateOutput` with `return_dict_in_generate=True`. An MTP step may pass the limit by up
             to five tokens; they stay, as in the stock.
-            With `output_scores=True` it also has `scores` and `accepted_by`, of each token. A row whose numbers are no
+            With `output_scores=True` it also has `token_log_probs` and `accepted_by`. A row whose numbers are no
             longer finite ends there, and `row_errors`, or without the dict a warning, says so; other rows go on.
             With `tokenizer`: the text of one row, or a list of texts; with `verbose=True` the tuple (text, history,
             statistics), history being the (mode, text) of each forward.
@@ -477,7 +477,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         )
         if call.scored:
             phases = [[PHASES.index(phase) for phase in row.phases] for row in rows]
-            output.scores = _side_by_side([row.scores for row in rows], float("nan"), torch.float32, place)
+            output.token_log_probs = _side_by_side([row.scores for row in rows], float("nan"), torch.float32, place)
             output.accepted_by = _side_by_side(phases, -1, torch.long, place)
         return output
 

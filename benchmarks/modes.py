@@ -84,8 +84,8 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def answers_of(output: Any) -> list[list[int]]:
-    new = output.sequences[:, -output.scores.shape[1] :]
-    return [ids[~scores.isnan()].tolist() for ids, scores in zip(new, output.scores, strict=True)]
+    new = output.sequences[:, -output.token_log_probs.shape[1] :]
+    return [ids[~scores.isnan()].tolist() for ids, scores in zip(new, output.token_log_probs, strict=True)]
 
 
 def quality(found: list[dict[str, Any]], drawn: list[Scene]) -> dict[str, float]:

@@ -351,7 +351,7 @@ def test_ids_of_any_kind_invent_no_box(rows):
 
 class Output:
     def __init__(self, sequences, scores):
-        self.sequences, self.scores = sequences, scores
+        self.sequences, self.token_log_probs = sequences, scores
 
 
 SCORES = st.one_of(st.floats(-20, 0), st.floats(width=32))
@@ -404,20 +404,26 @@ def test_broken_bytes_in_a_label_are_shown_as_such():
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (Output([[5, 6]], torch.zeros(1, 3)), r"scores torch.float32 \[1, 3\] for 1 sequence\(s\) of \[2\] ids"),
+        (
+            Output([[5, 6]], torch.zeros(1, 3)),
+            r"token_log_probs torch.float32 \[1, 3\] for 1 sequence\(s\) of \[2\] ids",
+        ),
         (Output([[5, 6]], torch.zeros(3)), r"\[3\]"),
         (Output([[5, 6]], torch.zeros(2, 2)), r"\[2, 2\]"),
         (Output([[5, 6]], torch.zeros(1, 2, dtype=torch.long)), "expected floating point"),
         (Output([[5, 6]], np.array([["a", "b"]])), "expected floating point"),
         (Output([[5, 6]], np.array([[1j, 2]])), "expected floating point"),
-        (Output([[5, 6]], torch.zeros(1, 2).to_sparse()), "outputs.scores: got a tensor whose values cannot be read"),
+        (
+            Output([[5, 6]], torch.zeros(1, 2).to_sparse()),
+            "outputs.token_log_probs: got a tensor whose values cannot be read",
+        ),
         (torch.eye(2, dtype=torch.long).to_sparse(), "outputs: got a tensor whose values cannot be read"),
         (torch.zeros(1, 2, dtype=torch.long, device="meta"), "outputs: got a tensor whose values cannot be read"),
         ([torch.zeros(2, dtype=torch.long, device="meta")], "outputs: got a tensor whose values cannot be read"),
     ],
 )
 def test_scores_that_do_not_fit_are_refused(output, message):
-    with pytest.raises(ValueError, match=f"outputs: got scores.*{message}|{message}"):
+    with pytest.raises(ValueError, match=f"outputs: got token_log_probs.*{message}|{message}"):
         PROCESSOR.post_process_grounding(output)
 
 

@@ -43,7 +43,7 @@ def told(batch: Batch, output, row: int) -> tuple:
     """All that is said of a row: tokens, scores to the bit, how they were accepted, forwards."""
     count = int((output.accepted_by[row] >= 0).sum())
     start = batch.input_ids.shape[1]
-    scores = output.scores[row, :count].view(torch.int32).tolist()
+    scores = output.token_log_probs[row, :count].view(torch.int32).tolist()
     ids = output.sequences[row, start:].tolist()
     assert set(ids[count:]) <= {batch.model.config.pad_token_id}
     return ids[:count], scores, output.accepted_by[row, :count].tolist(), int(output.row_forwards[row])
@@ -149,7 +149,7 @@ def test_what_is_broken_is_not_shared():
     assert [bool(error) for error in output.row_errors] == [True, False, False, True]
     for row in (1, 2):
         assert told(batch, output, row)[0] == told(batch, reference, row)[0]
-    assert torch.allclose(output.scores[2], reference.scores[2], atol=1e-4)
+    assert torch.allclose(output.token_log_probs[2], reference.token_log_probs[2], atol=1e-4)
 
 
 def test_every_row_may_be_broken():
@@ -374,7 +374,7 @@ def test_the_content_of_padding_cannot_matter(layout):
             ids[row, width - len(own) :], mask[row, width - len(own) :] = torch.tensor(own), 1
         batch.inputs |= {"input_ids": ids, "attention_mask": mask}
         output = batch.run(output_scores=True)
-        told_of.append((output.sequences[:, width:].tolist(), output.scores.view(torch.int32).tolist()))
+        told_of.append((output.sequences[:, width:].tolist(), output.token_log_probs.view(torch.int32).tolist()))
     assert all(one == told_of[0] for one in told_of)
 
 

@@ -39,7 +39,7 @@ def mixed(name: str, modes=("hybrid", "fast", "slow", "verified")) -> Batch:
 
 
 def answer_of(batch: Batch, output, row: int) -> list[int]:
-    length = int((~output.scores[row].isnan()).sum())
+    length = int((~output.token_log_probs[row].isnan()).sum())
     return output.sequences[row, batch.input_ids.shape[1] :][:length].tolist()
 
 
@@ -55,7 +55,7 @@ def test_next_tokens_score_what_a_plain_forward_gives_them(golden, mode):
             logits = batch.model(**{**batch.inputs, "input_ids": sequence, "attention_mask": None}).logits
         new = sequence.shape[1] - batch.input_ids.shape[1]
         expected = logits[0, -new - 1 : -1].log_softmax(-1).gather(-1, sequence[0, -new:, None]).squeeze(-1)
-        torch.testing.assert_close(output.scores[0], expected, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(output.token_log_probs[0], expected, atol=2e-4, rtol=1e-4)
         assert output.accepted_by.unique().tolist() == [1 if mode == "slow" else 2]
 
 
@@ -73,7 +73,7 @@ def test_a_windows_tokens_score_what_the_window_gives_them(golden):
             logits = stock.logits_of(case["input_ids"], torch.cat(features), roles, windowed=True)
         new = answer_of(batch, output, 0)
         expected = logits[: len(new)].log_softmax(-1).gather(-1, torch.tensor(new)[:, None]).squeeze(-1)
-        torch.testing.assert_close(output.scores[0, : len(new)], expected, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(output.token_log_probs[0, : len(new)], expected, atol=2e-4, rtol=1e-4)
         assert output.accepted_by.unique().tolist() == [0]
 
 
@@ -85,11 +85,13 @@ def test_scores_of_a_row_do_not_depend_on_its_batch(golden):
         alone = lone.run(output_scores=True)
         new = answer_of(lone, alone, 0)
         assert answer_of(batch, together, row) == new
-        torch.testing.assert_close(together.scores[row, : len(new)], alone.scores[0], atol=2e-4, rtol=1e-4)
-        assert together.scores[row, len(new) :].isnan().all()
+        torch.testing.assert_close(
+            together.token_log_probs[row, : len(new)], alone.token_log_probs[0], atol=2e-4, rtol=1e-4
+        )
+        assert together.token_log_probs[row, len(new) :].isnan().all()
         assert together.accepted_by[row, : len(new)].tolist() == alone.accepted_by[0].tolist()
         assert (together.accepted_by[row, len(new) :] == -1).all()
-    assert together.scores[~together.scores.isnan()].max() <= 1e-6
+    assert together.token_log_probs[~together.token_log_probs.isnan()].max() <= 1e-6
 
 
 def test_modes_of_tokens_are_told():
@@ -104,7 +106,7 @@ def test_asking_for_scores_changes_no_answer(golden):
     batch = Batch(golden, cases)
     output = batch.run(output_scores=True)
     assert batch.answers(output) == batch.expected()
-    assert batch.run().scores is None
+    assert batch.run().token_log_probs is None
     plain = batch.run(output_scores=True, return_dict_in_generate=False)
     assert torch.equal(plain, output.sequences)
 
@@ -135,7 +137,7 @@ def test_a_score_is_the_geometric_mean_of_the_coordinates():
     output = batch.run(output_scores=True)
     (row,) = processor.post_process_grounding(output)
     roles = batch.model.config.token_roles
-    new, scores = case["output_ids"], output.scores[0].exp().tolist()
+    new, scores = case["output_ids"], output.token_log_probs[0].exp().tolist()
     boxes = [at for at, token in enumerate(new) if token == roles.box_start and new[at + 1] != roles.none]
     expected = [math.prod(scores[at + 1 : at + 5]) ** 0.25 for at in boxes]
     assert row["scores"].tolist() == pytest.approx(expected, rel=1e-4)
@@ -180,7 +182,7 @@ def test_labels_of_several_bytes_a_letter_are_whole():
 
     class Output:
         sequences = torch.tensor([[5, 5, *ids]])
-        scores = torch.full((1, len(ids)), math.log(0.5))
+        token_log_probs = torch.full((1, len(ids)), math.log(0.5))
 
     (row,) = processor.post_process_grounding(Output)
     assert row["labels"] == ["gr\u00fcner 圆"]

@@ -216,7 +216,7 @@ def test_an_endless_answer_ends():
     kept = len(ids_of("<ref>red circle</ref>" + A))
     assert new[0, :kept].tolist() == endless[:kept]
     assert int(output.row_forwards[0]) == len(ids_of("<ref>red circle</ref>" + A * 3))
-    said = [ids[~scores.isnan()].tolist() for ids, scores in zip(new, output.scores, strict=True)]
+    said = [ids[~scores.isnan()].tolist() for ids, scores in zip(new, output.token_log_probs, strict=True)]
     assert len(said[0]) == kept and said[1] == neighbour["output_ids"]
 
 
@@ -245,7 +245,7 @@ def test_rows_end_before_their_first_repetition(mode):
     criterion = batch.model.degenerate_answer_criteria(times=2)
     output = batch.run(stopping_criteria=[criterion], output_scores=True)
     for row, case in enumerate(batch.cases):
-        length = int((~output.scores[row].isnan()).sum())
+        length = int((~output.token_log_probs[row].isnan()).sum())
         new = output.sequences[row, batch.input_ids.shape[1] :]
         assert new[:length].tolist() == case["output_ids"][: cut(case)]
         assert (new[length:] == batch.model.config.pad_token_id).all()
