@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .forks import mind_a_fork
 from .media import load_image
 
 # The vision tower has positions for fewer patches a side than this.
@@ -80,7 +79,6 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: no images, one that cannot be read, has a zero side, or is 512 patches or more a side.
         """
-        mind_a_fork()
         images, _ = image_layout(images)
         if not images:
             raise ValueError("images: got an empty list; expected at least one image.")

@@ -25,7 +25,6 @@ from .conversations import (
     refuse_repeated,
     video_of,
 )
-from .forks import mind_a_fork
 from .grounding import TURN_END, TURN_START, GroundingMixin
 from .image_processing import (
     LocateAnythingImageProcessor,
@@ -189,7 +188,6 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         Raises:
             ValueError: a message that is not laid out as expected, or an image or frame that cannot be read.
         """
-        mind_a_fork()
         vision = [Vision.of(conversation) for conversation in read_conversations(messages, self._slot_tokens)[0]]
         items = [item for row in vision for item in row.videos]
         images = [load_image(item) for row in vision for item in row.images]
@@ -379,7 +377,6 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         videos: list[list[Source]],
         options: Options,
     ) -> BatchFeature:
-        mind_a_fork()
         for plan, pictures, clips in zip(plans, images, videos, strict=True):
             plan.check(self.image_placeholder, plan.image_numbers, len(pictures))
             plan.check(self.video_placeholder, plan.video_numbers, len(clips))

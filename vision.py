@@ -2,42 +2,42 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """MoonViT: patches of many images in one pass, packed; attention inside each image, never a dense mask.
 
-Parameter names and shapes are the official checkpoint's (checkpoint.md, "Tensors" and "Vision tower").
+Parameter names and shapes are the official checkpoint's (docs/checkpoint.md, "Tensors" and "Vision tower").
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration import MoonViTConfig
 
 ROPE_BASE = 10000.0
+PATCHES_A_PASS = 25600  # of the tower: one image of the largest size, or many small ones
 
 
+@dataclass
 class PackedImages:
     """Where each image lies in a packed sequence of patches, and the rotations of its patches.
 
-    Args:
-        sizes: (rows, columns) in patches of each image, in packed order.
-        rotations: `[patches, head_dim / 2]` complex64, of length 1.
+    lengths: patches of each image, in packed order. rotations: `[patches, head_dim / 2]` complex64, of length 1.
     """
 
-    def __init__(self, sizes: list[tuple[int, int]], rotations: torch.Tensor):
-        self.lengths = [h * w for h, w in sizes]
-        self.rotations = rotations
+    lengths: list[int]
+    rotations: torch.Tensor
 
     def to(self, device: torch.device, **kwargs) -> PackedImages:
         """accelerate calls this when the next block lives on another device."""
-        moved = PackedImages([], self.rotations.to(device, **kwargs))
-        moved.lengths = self.lengths
-        return moved
+        return PackedImages(self.lengths, self.rotations.to(device, **kwargs))
 
 
 def rotate_pairs(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ class MoonViTMLP(nn.Module):
         return self.fc1(F.gelu(self.fc0(x), approximate="tanh"))
 
 
-class MoonViTBlock(nn.Module):
+class MoonViTBlock(GradientCheckpointingLayer):
     is_causal = False  # read by transformers' attention functions
 
     def __init__(self, config: MoonViTConfig):
@@ -116,67 +116,56 @@ class MoonViTBlock(nn.Module):
         return hidden_states + self.mlp(self.norm1(hidden_states))
 
     def attend(self, qkv: torch.Tensor, images: PackedImages) -> torch.Tensor:
-        """qkv: `[patches, 3 * hidden]` → `[patches, hidden]`; full attention inside each image."""
+        """qkv: `[patches, 3 * hidden]` → `[patches, hidden]`; full attention inside each image.
+
+        Raises:
+            ValueError: an attention implementation that this tower does not have.
+        """
         heads = qkv.unflatten(-1, (3, self.heads, self.head_dim))
         query, key = rotate_pairs(heads[:, :2], images.rotations).unbind(1)
         value = heads[:, 2]
-        attention = vision_attention_function(self.config._attn_implementation)
-        return attention(self, query, key, value, images.lengths).flatten(1)
+        implementation = self.config._attn_implementation or "sdpa"
+        if "flash" in implementation:
+            return self.flash_attend(query, key, value, images.lengths).flatten(1)
+        functions = {"sdpa": F.scaled_dot_product_attention, "eager": eager_attention}
+        if implementation not in functions:
+            raise ValueError(f"attn_implementation={implementation!r}: MoonViT has sdpa, eager and flash kernels.")
+        return attend_by_image(query, key, value, images.lengths, functions[implementation]).flatten(1)
+
+    def flash_attend(self, query, key, value, lengths: list[int]) -> torch.Tensor:
+        """Every image in one varlen call of the flash kernel that transformers found."""
+        ends = torch.tensor([0, *lengths], device=query.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        output, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
+            self,
+            *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
+            attention_mask=None,
+            dropout=0.0,
+            scaling=self.head_dim**-0.5,
+            cu_seq_lens_q=ends,
+            cu_seq_lens_k=ends,
+            max_length_q=max(lengths),
+            max_length_k=max(lengths),
+            is_causal=False,
+        )
+        return output.squeeze(0)
 
 
-def vision_attention_function(implementation: str | None) -> Callable[..., torch.Tensor]:
-    if implementation is not None and "flash" in implementation:
-        return _flash_attention
-    return _eager_attention if implementation == "eager" else _sdpa_attention
-
-
-def _by_equal_length(lengths: list[int]):
-    """(first patch, images, patches an image) of each run of equally long neighbours."""
-    start = 0
+def attend_by_image(query, key, value, lengths: list[int], attend: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """q, k, v: `[patches, heads, D]`. One 4-D call per run of equally long images: memory linear in patches."""
+    output, start = torch.empty_like(query), 0
     for length, run in groupby(lengths):
         images = len(list(run))
-        yield start, images, length
-        start += images * length
-
-
-def _sdpa_attention(block, query, key, value, lengths):
-    """q, k, v: `[patches, heads, D]`. One 4-D call per run of equally long images: memory linear in patches."""
-    output = torch.empty_like(query)
-    for start, images, length in _by_equal_length(lengths):
         span = slice(start, start + images * length)
         q, k, v = (x[span].unflatten(0, (images, length)).transpose(1, 2) for x in (query, key, value))
-        output[span] = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+        output[span] = attend(q, k, v).transpose(1, 2).flatten(0, 1)
+        start = span.stop
     return output
 
 
-def _eager_attention(block, query, key, value, lengths):
-    """The same by plain products, one image at a time: quadratic in an image's patches, for inspection."""
-    output = torch.empty_like(query)
-    for start, images, length in _by_equal_length(lengths):
-        for first in range(start, start + images * length, length):
-            span = slice(first, first + length)
-            scores = torch.einsum("qhd,khd->hqk", query[span], key[span]) * block.head_dim**-0.5
-            weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-            output[span] = torch.einsum("hqk,khd->qhd", weights, value[span])
-    return output
-
-
-def _flash_attention(block, query, key, value, lengths):
-    """Every image in one varlen call of the flash kernel that transformers found."""
-    ends = torch.tensor([0, *lengths], device=query.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    output, _ = ALL_ATTENTION_FUNCTIONS[block.config._attn_implementation](
-        block,
-        *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
-        attention_mask=None,
-        dropout=0.0,
-        scaling=block.head_dim**-0.5,
-        cu_seq_lens_q=ends,
-        cu_seq_lens_k=ends,
-        max_length_q=max(lengths),
-        max_length_k=max(lengths),
-        is_causal=False,
-    )
-    return output.squeeze(0)
+def eager_attention(query, key, value) -> torch.Tensor:
+    """The same as SDPA by plain products, `[images, heads, length, D]`: quadratic in memory, for inspection."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 
 class MoonViTEncoder(nn.Module):
@@ -196,6 +185,7 @@ class MoonViTModel(PreTrainedModel):
 
     config_class = MoonViTConfig
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["MoonViTBlock"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -242,10 +232,139 @@ class MoonViTModel(PreTrainedModel):
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         tables = {size: rotary_table(*size, head_dim, device) for size in set(sizes)}
         angles = torch.cat([tables[size] for size in sizes])
-        return PackedImages(sizes, torch.complex(angles.cos(), angles.sin()))
+        return PackedImages([h * w for h, w in sizes], torch.complex(angles.cos(), angles.sin()))
 
     def merge(self, features: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """`[height * width, C]` → `[tokens, rows * columns * C]`."""
         rows, columns = self.config.merge_kernel_size
         grid = features.view(height // rows, rows, width // columns, columns, -1).transpose(1, 2)
         return grid.reshape(height // rows * (width // columns), -1)
+
+
+class ImageFeatures:
+    """The image side of a model with a `vision_model`, a projector `mlp1` and a `config`: pixels to image tokens."""
+
+    vision_model: Any
+    mlp1: Any
+    config: Any
+
+    @property
+    def image_token_index(self) -> int:
+        return self.config.image_token_index
+
+    def extract_feature(
+        self, pixel_values: Any, image_grid_hws: Any, patches_a_pass: int = PATCHES_A_PASS
+    ) -> list[torch.Tensor]:
+        """The vision tower's features, which `generate(visual_features=…)` takes to reuse them across calls.
+
+        Args:
+            pixel_values: `[patches, 3, 14, 14]`, images one after another. image_grid_hws: `[images, 2]`, (rows,
+                columns) in patches. patches_a_pass: at most (one image at least), which bounds memory.
+
+        Returns:
+            Per image `[tokens, 4 * vision hidden]`, before the projector.
+
+        Raises:
+            ValueError: no grids, or grids that do not make up the pixels.
+        """
+        images, sizes = read_images(pixel_values, image_grid_hws)
+        place, dtype = place_of(self.vision_model), self.vision_model.dtype
+        features: list[torch.Tensor] = []
+        while len(features) < len(images):
+            first = last = len(features)
+            patches = 0
+            # as many images as fit the budget, one at least
+            while last < len(images) and (last == first or patches + len(images[last]) <= patches_a_pass):
+                patches, last = patches + len(images[last]), last + 1
+            features += self.vision_model(torch.cat(images[first:last]).to(place, dtype), sizes[first:last])
+        return features
+
+    def project(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Projects vision-tower features, `[tokens, 4 * vision hidden]` each, to `[tokens, hidden]`."""
+        if not len(features):
+            return []
+        place, dtype = place_of(self.mlp1), self.mlp1[0].weight.dtype
+        joined = torch.cat([feature.to(place, dtype) for feature in features])
+        return list(self.mlp1(joined).split([len(feature) for feature in features]))
+
+    def get_image_features(self, pixel_values: Any, image_grid_hws: Any) -> list[torch.Tensor]:
+        """Per image `[tokens, hidden]`, ready for the decoder's image slots."""
+        return self.project(self.extract_feature(pixel_values, image_grid_hws))
+
+    def image_tokens(
+        self, pixel_values: Any, image_grid_hws: Any, visual_features: Any, image_flags: Any = None
+    ) -> torch.Tensor:
+        """`[tokens, hidden]` of all images, in order, ready for the decoder's image slots.
+
+        Args:
+            pixel_values, image_grid_hws: see `extract_feature`; visual_features: its result, instead of both.
+            image_flags: per row how many images it shows, as the stock's collator gives it; 0 for a row with one
+                image that stands for none and is passed over. None: every image counts.
+
+        Raises:
+            ValueError: flags for another number of images.
+        """
+        if visual_features is None:
+            visual_features = self.extract_feature(pixel_values, image_grid_hws)
+        features = self.project(visual_features)
+        if image_flags is not None:
+            flags = torch.as_tensor(image_flags).flatten().tolist()
+            counts = [bool(flag) for flag in flags for _ in range(flag or 1)]
+            if len(counts) != len(features):
+                raise ValueError(f"image_flags {flags} tell of {len(counts)} images; there are {len(features)}.")
+            # what is passed over stays in the graph, empty: every process then has the same gradients to share
+            features = [feature if counts[place] else feature[:0] for place, feature in enumerate(features)]
+        return torch.cat(features) if features else torch.empty(0, self.config.text_config.hidden_size)
+
+    # ---- transformers' own generate
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        own: Any = super()
+        inputs = own.prepare_inputs_for_generation(input_ids, **kwargs)
+        fed = inputs.get("input_ids")
+        if fed is not None and not (fed == self.image_token_index).any():
+            # the images are in the cache already
+            for name in ("pixel_values", "image_grid_hws", "visual_features"):
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, **kwargs):
+        """Rows that are repeated, for beams or several answers, show their images each time."""
+        own: Any = super()
+        images = [kwargs.pop(name, None) for name in ("pixel_values", "image_grid_hws", "visual_features")]
+        features = self.extract_feature(*images[:2]) if images[2] is None else images[2]
+        if features:
+            rows = torch.cat([*features]).split((input_ids == self.image_token_index).sum(1).tolist())
+            kwargs["visual_features"] = [row for row in rows for _ in range(expand_size)]
+        return own._expand_inputs_for_generation(expand_size=expand_size, input_ids=input_ids, **kwargs)
+
+
+def read_images(pixel_values: Any, image_grid_hws: Any) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+    """Patches `[rows * columns, 3, P, P]` and (rows, columns) of each image, from what the processor gives.
+
+    Raises:
+        ValueError: pixels without grids, or grids that do not make them up.
+    """
+    if pixel_values is None or len(pixel_values) == 0:
+        return [], []
+    if image_grid_hws is None:
+        raise ValueError("pixel_values came without image_grid_hws; pass the processor's output whole.")
+    listed = isinstance(pixel_values, (list, tuple))
+    pixels = torch.cat([*map(torch.as_tensor, pixel_values)]) if listed else torch.as_tensor(pixel_values)
+    sizes = [(int(height), int(width)) for height, width in torch.as_tensor(image_grid_hws).tolist()]
+    patches = [height * width for height, width in sizes]
+    if pixels.dim() != 4 or len(pixels) != sum(patches):
+        raise ValueError(
+            f"pixel_values are {list(pixels.shape)}, but image_grid_hws {sizes} make [{sum(patches)}, 3, P, P]."
+        )
+    return list(pixels.split(patches)), sizes
+
+
+def place_of(module: nn.Module) -> torch.device:
+    """Where a module runs; if accelerate has offloaded its weights, the hooks on its parts say it."""
+    place = next(module.parameters()).device
+    if place.type == "meta":
+        hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        place = torch.device(next(place for place in places if place is not None))
+    return place

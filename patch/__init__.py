@@ -9,7 +9,6 @@
     with patch.applied(model): …    # for a while
     patch.revert(model); patch.revert()
     patch.status()
-    patch.left_padded(inputs)       # a batch of the stock's processor, turned round for generate
 
 The model keeps its class, parameters, forward and hooks; only `generate` goes through our engine, on the very same
 modules. No weight is copied.
@@ -35,7 +34,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from .engine import Engine, unwrapped
 
 __version__ = "0.1.0"
-__all__ = ["Status", "applied", "apply", "degenerate_answer_criteria", "left_padded", "revert", "status"]
+__all__ = ["Status", "applied", "apply", "degenerate_answer_criteria", "revert", "status"]
 
 STOCK_NAME = "LocateAnythingForConditionalGeneration"
 DROP_IN = "modeling_locateanything_batched.LocateAnythingBatchedForConditionalGeneration"
@@ -179,22 +178,6 @@ def degenerate_answer_criteria(
         for name in ("configuration.LocateAnythingConfig", "grounding.DegenerateAnswerCriteria")
     )
     return criteria(config.from_dict(unwrapped(model).config.to_dict()).token_roles, **options)
-
-
-def left_padded(inputs: Any, *, source: str | os.PathLike[str] = HERE) -> Any:
-    """A batch that was padded on the right, as the stock's processor pads unless told, for `generate`.
-
-    Args:
-        inputs: a mapping with `input_ids` and `attention_mask`, such as the processor's `BatchFeature`.
-        source: as of `apply`.
-
-    Returns:
-        The same kind of mapping with these two padded on the left; every other entry is the same object.
-
-    Raises:
-        ValueError: no mapping, one of the two is missing, or they do not fit together.
-    """
-    return get_class_from_dynamic_module("prompts.left_padded", _place(source))(inputs)
 
 
 def _place(source: str | os.PathLike[str]) -> str:

@@ -486,61 +486,6 @@ def test_rows_of_any_shape_equal_themselves_alone(rows, slots):
         assert together[: len(alone)] == alone and set(together[len(alone) :]) <= {pad}
 
 
-WITH_IMAGE = PROCESSOR(text=["<image-1>x"], images=[SMALL], return_tensors="pt")
-JUNK = st.one_of(
-    st.sampled_from(
-        ["x", {}, 5, [], [[]], [None], [[1], [1, 2]], [[2**70]], [[1.5]], np.array([["a"]]), torch.zeros(3)]
-        + [torch.zeros(1, 3, dtype=kind) for kind in (torch.bool, torch.complex64, torch.float16, torch.uint8)]
-        + [torch.zeros(2, 2, dtype=torch.long, device="meta"), [torch.zeros(4, 3, 14, 13)], [torch.zeros(1, 9)]]
-        + [torch.full((1, 2), value) for value in (-3, 2**40)]
-    ),
-    st.lists(st.lists(st.integers(-3, 1500), max_size=4), max_size=3),
-)
-
-
-@bounded(250)
-@given(name=st.sampled_from([*WITH_IMAGE, "visual_features"]), junk=JUNK)
-def test_generate_answers_or_refuses_by_name(name, junk):
-    inputs = {**WITH_IMAGE, name: junk}
-    if name == "visual_features":
-        del inputs["pixel_values"]
-    try:
-        output = model_of("shapes").generate(**inputs, max_new_tokens=1)
-    except ValueError as error:
-        assert any(word in str(error) for word in (name, "row 0", "image", "input_ids")), error
-    else:
-        assert output.dtype == torch.long and output.dim() == 2
-
-
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("name", [*WITH_IMAGE, "visual_features"])
-def test_tensors_of_other_kinds_are_refused_by_name(name):
-    model = model_of("shapes")
-    features = model.extract_feature(WITH_IMAGE["pixel_values"], WITH_IMAGE["image_grid_hws"])
-    inputs = dict(WITH_IMAGE) if name != "visual_features" else {"input_ids": WITH_IMAGE["input_ids"]}
-    tensor = inputs.get(name, features[0])
-    kinds = {
-        "torch.sparse_coo": tensor.to_sparse(),
-        "nested": torch.nested.nested_tensor(list(tensor)),
-        "quantised": torch.quantize_per_tensor(tensor.float(), 1.0, 0, torch.qint8),
-    }
-    for kind, odd in kinds.items():
-        for junk in [[odd], odd] if name == "visual_features" else [odd]:
-            with pytest.raises(ValueError, match=rf"{name}.*: got a {kind} tensor; expected a dense one"):
-                model.generate(**inputs | {name: junk}, max_new_tokens=1)
-    if name in ("pixel_values", "visual_features"):
-        for dtype in (torch.bool, torch.long, torch.complex64):
-            odd = tensor.to(dtype)
-            with pytest.raises(ValueError, match=rf"{name}.* are {dtype} .*floating point"):
-                model.generate(**inputs | {name: [odd] if name == "visual_features" else odd}, max_new_tokens=1)
-    if name == "pixel_values":
-        for odd in (tensor[:, :2], tensor.to_sparse(), None):
-            with pytest.raises(ValueError, match="pixel_values"):
-                model.extract_feature(odd, WITH_IMAGE["image_grid_hws"])
-        with pytest.raises(ValueError, match="patches_a_pass=0: expected a whole number of 1 or more"):
-            model.extract_feature(tensor, WITH_IMAGE["image_grid_hws"], 0)
-
-
 # ---------------------------------------------------------------------------------------------- processors
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import modeling_flash_attention_utils as flash
 
 import locateanything.cuda_graphs as cuda_graphs
+from locateanything.inputs import rows_that_fit
 from locateanything.kv_cache import DecodeStep, zeros
 from tests.conftest import Batch, cases_of, model_of
 
@@ -154,11 +155,11 @@ def test_rows_that_fit_into_half_of_the_free_memory(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
-        return model._rows_that_fit(100, device)
+        return rows_that_fit(model, 100, device)
 
     assert [fit(10 * row), fit(10 * row - 1), fit(0), fit(10**12)] == [5, 4, 1, 32]
     assert fit(4 * row, reserved=9 * row, allocated=3 * row) == 5  # what torch holds and does not use is free too
-    assert model._rows_that_fit(10**9, torch.device("cpu")) == 32
+    assert rows_that_fit(model, 10**9, torch.device("cpu")) == 32
 
 
 def test_a_step_follows_its_layer_to_another_device():

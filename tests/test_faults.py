@@ -5,12 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import os
-import pickle
 import random
-import signal
 import threading
-import traceback
 import weakref
 
 import pytest
@@ -19,13 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-import locateanything.forks as forks
 import locateanything.generation as generation
 import locateanything.sampling as sampling
 from benchmarks import load
 from benchmarks.common import resident
 from locateanything.kv_cache import SlotKVCache
-from tests.conftest import CHECKPOINTS, Batch, cases_of, model_of
+from tests.conftest import Batch, cases_of, model_of
 from tests.test_scores import processor_of
 
 MODES = ["hybrid", "slow", "fast", "verified"]
@@ -461,83 +456,6 @@ def test_a_callback_may_ask_the_model(where):
     output = outer.run(**{where: asks if where == "streamer" else [asks]})
     assert strip(outer, output) == expected
     assert len(asks.answers) > 1 and all(answers == others for answers in asks.answers)
-
-
-def load_anew(batch: Batch) -> None:
-    batch.model = type(batch.model).from_pretrained(CHECKPOINTS["shapes"]).eval()
-
-
-def make_another(batch: Batch) -> None:
-    with torch.device("meta"):
-        type(batch.model)(batch.model.config)
-
-
-def extract(batch: Batch) -> None:
-    batch.model.extract_feature(batch.inputs["pixel_values"], batch.inputs["image_grid_hws"])
-
-
-def feed(batch: Batch) -> None:
-    batch.model(input_ids=torch.full((4, 99), 5))
-
-
-PICTURE = torch.rand(3, 600, 800)
-
-
-def process(batch: Batch) -> None:
-    chat = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "Q."}]}]
-    processor = processor_of("shapes")
-    processor.process_vision_info(chat)
-    processor.apply_chat_template(chat, tokenize=True, return_dict=True)
-    processor.image_processor.preprocess([PICTURE])
-
-
-def preprocess(batch: Batch) -> None:
-    processor_of("shapes").image_processor.preprocess([PICTURE])
-
-
-@pytest.mark.parametrize(
-    ("threads", "first"),
-    [(1, None), (2, None), *((2, what) for what in (load_anew, make_another, extract, feed, process, preprocess))],
-)
-def test_a_forked_process_answers(threads, first):
-    """With more than one thread, torch would wait in the child for the parent's, whatever it is asked first."""
-    batch = batch_of(4)
-    torch.set_num_threads(threads)
-    expected = strip(batch, batch.run())
-    process(batch)  # the parent has its threads by now
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        signal.alarm(60)  # a child that hangs writes nothing
-        try:
-            if first is not None:
-                first(batch)
-            answer = strip(batch, batch.run())
-        except BaseException:
-            answer = traceback.format_exc()
-        os.write(writing, pickle.dumps(answer))
-        os._exit(0)
-    torch.set_num_threads(1)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read()
-    os.waitpid(child, 0)
-    assert told and pickle.loads(told) == expected
-    assert strip(batch, batch.run()) == expected
-
-
-def test_after_a_fork_the_threads_are_set_once_and_said(monkeypatch, caplog):
-    """The same in this process, which takes itself for a fork of another."""
-    batch = batch_of(2)
-    expected = strip(batch, batch.run())
-    monkeypatch.setattr(forks, "IMPORTED_IN", os.getpid() + 1)
-    threads = [2]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    warned = []
-    monkeypatch.setattr(forks.logger, "warning", warned.append)
-    assert strip(batch, batch.run()) == strip(batch, batch.run()) == expected
-    assert threads == [2, 1] and len(warned) == 1 and "was forked from one that had imported this code" in warned[0]
 
 
 # ---- memory is given back

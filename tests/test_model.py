@@ -187,10 +187,10 @@ def test_magi_means_the_default(tmp_path):
     ("change", "message"),
     [
         (lambda c: c["text_config"].update(model_type="qwen3"), "'qwen3'"),
-        (lambda c: c["text_config"].pop("null_token_id"), "null_token_id"),
+        (lambda c: c["text_config"].pop("null_token_id"), "'null': None"),
         (lambda c: c["text_config"].update(block_size=4), "block_size is 4"),
-        (lambda c: c.update(box_start_token_id=151668), "outside the vocabulary of 1440.*box_start"),
-        (lambda c: c.update(box_end_token_id=c["box_start_token_id"]), "share one id"),
+        (lambda c: c.update(box_start_token_id=151668), "vocabulary of 1440: .'box_start': 151668"),
+        (lambda c: c.update(box_end_token_id=c["box_start_token_id"]), "share an id"),
         (lambda c: c.update(coord_end_token_id=1431), "1001 coordinates"),
         (lambda c: c["text_config"].update(use_sliding_window=True), "use_sliding_window"),
     ],
@@ -249,8 +249,3 @@ def test_embeddings_and_decoder_can_be_put_in():
         other = copy.deepcopy(get())
         put(other)
         assert get() is other is getattr(owner, name)
-
-
-def test_a_head_that_2d_rotation_cannot_pair_is_refused():
-    with pytest.raises(ValueError, match="hidden_size=60 over num_attention_heads=10 must give a head size"):
-        LocateAnythingConfig(vision_config={"hidden_size": 60, "num_attention_heads": 10})

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from locateanything.inputs import first_equal
 from locateanything.kv_cache import PrefillStep
 from locateanything.prefill import common_prefix, content_of, in_passes, plan
-from locateanything.prompts import first_equal
 from tests.conftest import Batch, cases_of
 
 IMAGE = 9

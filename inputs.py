@@ -1,0 +1,472 @@
+# Copyright 2026 The LocateAnything-batched authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""From `generate`'s arguments to rows, and from rows to what it returns; images are encoded on demand."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from .configuration import LocateAnythingConfig
+from .generation import Row, RowSettings
+from .sampling import SamplingParameters
+from .vision import PATCHES_A_PASS, read_images
+
+MODES = ("hybrid", "fast", "slow", "verified")
+ROWS_A_STEP = 32  # beyond, arithmetic takes all the time that memory traffic saves
+DEFAULT_NEW_TOKENS = 2048  # docs/stock-behaviour.md §6
+_PER_ROW = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_length")
+# transformers' options for other ways of decoding, which would have no effect here, and what of them means "off"
+_WITHOUT_EFFECT: dict[str, Any] = {
+    **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "dola_layers")),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "force_words_ids", "constraints", "cache_implementation")),
+    **dict.fromkeys(("diversity_penalty", "assistant_early_exit", "synced_gpus", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("output_logits", "output_attentions", "output_hidden_states")),
+    **dict.fromkeys(("typical_p", "guidance_scale"), 1.0),
+    **dict.fromkeys(("num_beams", "num_beam_groups"), 1),
+}
+
+
+# ---- prompts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """rows: each row's tokens without padding. slots: image slots of each row. input_ids: `[rows, L]`, padded left."""
+
+    input_ids: torch.Tensor
+    rows: list[list[int]]
+    slots: list[int]
+
+
+def read_prompts(input_ids: Any, attention_mask: Any, config: LocateAnythingConfig, pad_token_id: int) -> Prompts:
+    """Takes a batch apart, wherever it is padded.
+
+    Args:
+        input_ids: `[rows, L]` long. attention_mask: `[rows, L]`, or None: then the pad tokens at a row's ends are
+            padding.
+
+    Raises:
+        ValueError: no rows, wrong shapes, an empty row, an id outside the vocabulary.
+    """
+    if isinstance(input_ids, Mapping):
+        raise ValueError(f"inputs: got the processor's output ({', '.join(input_ids)}); write generate(**inputs).")
+    if input_ids is None:
+        raise ValueError("generate() needs input_ids; got none.")
+    input_ids = tensor_of(input_ids, "input_ids")
+    if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
+        raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; expected integers [rows, length].")
+    vocabulary, low, high = config.text_config.vocab_size, int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"input_ids hold ids from {low} to {high}; the vocabulary has {vocabulary}.")
+    if attention_mask is None:
+        kept = (input_ids != pad_token_id).long()
+        mask = (kept.cummax(1).values & kept.flip(1).cummax(1).values.flip(1)).bool()
+    else:
+        mask = tensor_of(attention_mask, "attention_mask").to(input_ids.device) != 0
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask is {list(mask.shape)}; expected input_ids' {list(input_ids.shape)}.")
+    rows = [ids[kept].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
+    if not all(rows):
+        raise ValueError(f"row {rows.index([])}: attention_mask is 0 everywhere; an empty prompt has no answer.")
+    left = input_ids.long().gather(1, mask.long().argsort(dim=1, stable=True))
+    return Prompts(left, rows, [row.count(config.image_token_index) for row in rows])
+
+
+def tensor_of(value: Any, name: str) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (RuntimeError, TypeError, ValueError) as error:  # rows of different lengths, words
+        raise ValueError(f"{name}: got a {type(value).__name__} that is no tensor ({error}).") from None
+
+
+# ---- settings
+
+
+@dataclass(frozen=True)
+class CallSettings:
+    """rows: of each prompt, before `sequences` (`num_return_sequences`) repeats it. stops: end-of-sequence ids beside
+    the rules' own im_end. config: the generation config without what `rows` says, for transformers' factories.
+    """
+
+    rows: list[RowSettings]
+    sequences: int
+    stops: frozenset[int]
+    config: GenerationConfig
+
+
+def read_settings(
+    model: Any,
+    lengths: list[int],
+    given: GenerationConfig | None,
+    arguments: dict[str, Any],
+    *,
+    modes: str | Sequence[str],
+    labels: bool | Sequence[bool],
+    tokenizer: Any,
+) -> CallSettings:
+    """Merges the sources of settings; the first that speaks wins: arguments, `given`, the model's generation config.
+
+    `temperature` alone decides between greedy (0, the default) and sampling, as in the stock; `do_sample=True` means
+    temperature 1.0 unless told, and `do_sample=False` greedy.
+
+    Args:
+        lengths: tokens of each prompt. arguments: keyword arguments of `generate` that are not its own; those in
+            `_PER_ROW` may be a list with one value per row, None where none is given.
+        tokenizer: of a stock call, which asks for text; as there, `do_sample` and the model's generation config are
+            not looked at then, and no row grows beyond its `model_max_length`.
+
+    Raises:
+        ValueError: an unknown argument, mode or value, a list of the wrong length, a prompt at or over its limit.
+    """
+    stock_call, cap = tokenizer is not None, model.config.text_config.max_position_embeddings
+    cap = min(cap, getattr(tokenizer, "model_max_length", cap))  # a processor knows no length
+    rows, arguments = len(lengths), {name: value for name, value in arguments.items() if value is not None}
+    arguments.pop("labels", None)  # of a batch for training
+    argued = {name: _per_row(name, arguments.pop(name), rows) for name in _PER_ROW if name in arguments}
+    sequences = arguments.pop("num_return_sequences", (given or model.generation_config).num_return_sequences or 1)
+    check_number("num_return_sequences", sequences, whole=True, least=1)
+    config, unknown = model._prepare_generation_config(given, **arguments)
+    for name, off in _WITHOUT_EFFECT.items():
+        asked = unknown.pop(name, getattr(config, name, None))
+        if asked and asked != off:
+            raise ValueError(f"{name}={asked!r} is not supported: it has no meaning for this model's decoding.")
+    if unknown:
+        known = [*vars(config), "generation_mode", "pixel_values", "image_grid_hws", "visual_features"]
+        close = difflib.get_close_matches(next(iter(unknown)), known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"generate() got unknown arguments: {', '.join(unknown)}.{hint}")
+
+    # of the model's own config, only what differs from transformers' defaults speaks
+    source = model.generation_config.to_diff_dict() if given is None else vars(config)
+    spoken = {name: source.get(name) for name in _PER_ROW if not (stock_call and given is None)}
+    if spoken.get("max_length") == 20:  # transformers' default is nobody's wish
+        del spoken["max_length"]
+    least, least_new = config.min_length or 0, config.min_new_tokens or 0
+    check_number("min_length", least, whole=True, least=0)
+    check_number("min_new_tokens", least_new, whole=True, least=0)
+    settings = []
+    for row, (mode, verified, length) in enumerate(
+        zip(_per_row("generation_mode", modes, rows), _per_row("verify_labels", labels, rows), lengths, strict=True)
+    ):
+        if mode not in MODES:
+            raise ValueError(f"generation_mode={mode!r} is unknown; expected one of {', '.join(MODES)}.")
+        if not isinstance(verified, bool):
+            raise ValueError(f"verify_labels={verified!r}: expected True or False.")
+        own = {name: values[row] for name, values in argued.items() if values[row] is not None}
+        told = {**spoken, **own}
+        settings.append(
+            RowSettings(
+                mode,
+                _limit(told, length, cap, row),
+                _sampling(own, told, stock_call),
+                least=max(least, length + least_new if least_new else 0),
+                # the other modes accept every token by next-token decoding anyway
+                verify_labels=verified and mode in ("hybrid", "fast"),
+            )
+        )
+
+    if config.pad_token_id is None:
+        config.pad_token_id = model.pad_token_id
+    model._prepare_special_tokens(config, device="cpu")
+    ends = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
+    # what the rows' settings and the rules already do must not be done a second time by transformers' factories
+    config.eos_token_id = config._eos_token_tensor = config.max_length = config.max_new_tokens = None
+    config.min_length = config.min_new_tokens = None
+    config.do_sample, config.repetition_penalty, config.num_return_sequences = False, 1.0, 1
+    return CallSettings(settings, int(sequences), frozenset(ends) - {model.roles.end}, config)
+
+
+def _per_row(name: str, value: Any, rows: int) -> list[Any]:
+    """One value for every row: a scalar for all, or as many as there are rows. Also as a tensor or array."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, (list, tuple)):
+        return [value] * rows
+    if len(value) != rows:
+        raise ValueError(f"{name} has {len(value)} values for {rows} rows; expected one for all or one per row.")
+    return list(value)
+
+
+def check_number(name: str, value: Any, *, whole: bool = False, least: float = -math.inf) -> None:
+    """Refuses what is no finite number, no whole one, or too small.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool) and -1e300 < value < 1e300
+    if not number or (whole and int(value) != value) or value < least:
+        bound = "" if least == -math.inf else f" of {least} or more"
+        raise ValueError(f"{name}={value!r}: expected a {'whole ' if whole else ''}number{bound}.")
+
+
+def _limit(told: dict[str, Any], length: int, cap: int, row: int) -> int:
+    if told.get("max_new_tokens") is not None:
+        check_number("max_new_tokens", told["max_new_tokens"], whole=True, least=1)
+        limit = length + int(told["max_new_tokens"])
+    else:
+        limit = length + DEFAULT_NEW_TOKENS if told.get("max_length") is None else told["max_length"]
+        check_number("max_length", limit, whole=True)
+    limit = min(int(limit), cap)
+    if length >= limit:
+        raise ValueError(f"row {row}: its prompt has {length} tokens, at or over the length limit of {limit}.")
+    return limit
+
+
+def _sampling(own: dict[str, Any], told: dict[str, Any], stock_call: bool) -> SamplingParameters:
+    """own: what the row's arguments say. told: what they and the configs say."""
+    if stock_call and "do_sample" in own:
+        own, told = ({name: value for name, value in said.items() if name != "do_sample"} for said in (own, told))
+    if own.get("do_sample") is False:
+        own, told = {}, {"repetition_penalty": told.get("repetition_penalty")}
+    temperature = own.get("temperature")
+    if temperature is None:
+        sampled = told.get("temperature")
+        temperature = (1.0 if sampled is None else sampled) if told.get("do_sample") else 0.0
+    penalty = 1.0 if told.get("repetition_penalty") is None else told["repetition_penalty"]
+    # filters change a greedy row's thresholds, so only who asked for them by argument gets them
+    filters = told if temperature else own
+    top_p, top_k = filters.get("top_p"), filters.get("top_k")
+    check_number("temperature", temperature, least=0)
+    check_number("repetition_penalty", penalty, least=1e-6)
+    check_number("top_p", 1.0 if top_p is None else top_p, least=0)
+    check_number("top_k", top_k or 0, whole=True, least=0)
+    return SamplingParameters(
+        repetition_penalty=float(penalty),
+        temperature=float(temperature),
+        top_p=None if top_p is None or top_p >= 1 else float(top_p),
+        top_k=int(top_k) if top_k else None,
+    )
+
+
+def read_generators(generator: Any, rows: int, device: torch.device) -> list[torch.Generator | None]:
+    """One per row, or None for each where one draws for all.
+
+    Raises:
+        ValueError: no generators, not as many as rows, or on another device than the rows' numbers.
+    """
+    shared = generator is None or isinstance(generator, torch.Generator)
+    listed = [generator] if shared or not isinstance(generator, Sequence) else list(generator)
+    for one in listed:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise ValueError(f"generator: got a {type(one).__name__}; expected a torch.Generator or a list of them.")
+        if one is not None and one.device.type != device.type:
+            raise ValueError(f"generator: got one on {one.device}, but the rows' numbers are on {device}.")
+    if not shared and len(listed) != rows:
+        raise ValueError(f"generator has {len(listed)} generators for {rows} rows; expected one or one per row.")
+    return [None] * rows if shared else listed
+
+
+def make_rows(
+    model: Any,
+    prompts: Prompts,
+    call: CallSettings,
+    generators: Sequence[torch.Generator | None],
+    logits_processor: Sequence[Any] | None,
+    prefix_allowed_tokens_fn: Any,
+    device: torch.device,
+) -> list[Row]:
+    rows = []
+    for index, generator in enumerate(generators):
+        prompt, settings = prompts.rows[index // call.sequences], call.rows[index // call.sequences]
+        call.config.max_length = settings.limit
+        # transformers' factory builds whatever else the config asks for, some of it by prompt length
+        processors = model._get_logits_processor(
+            generation_config=call.config,
+            input_ids_seq_length=len(prompt),
+            encoder_input_ids=torch.tensor([prompt], device=device),
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            logits_processor=LogitsProcessorList(logits_processor or []),
+            device=device,
+        )
+        rows.append(Row(index, prompt, settings, processors, generator))
+    call.config.max_length = None
+    return rows
+
+
+def rows_that_fit(model: Any, tokens: int, device: torch.device) -> int:
+    """Rows whose caches of `tokens` tokens fit into half of the free memory, `ROWS_A_STEP` at most."""
+    if device.type != "cuda":
+        return ROWS_A_STEP  # pages of a cache on CPU are taken as rows come to need them
+    text = model.config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = tokens * 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * model.dtype.itemsize
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return max(1, min(ROWS_A_STEP, int(free // 2 // size)))
+
+
+# ---- results
+
+
+def side_by_side(rows: list[list], filling: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Lists of different lengths → `[rows, longest]`, padded on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [filling] * (width - len(row)) for row in rows], dtype=dtype, device=device)
+
+
+def texts_of(rows: list[Row], tokenizer: Any, seconds: float | None) -> Any:
+    """What the stock's generate returns: the text, or with `seconds` (verbose) also the history and statistics."""
+
+    def text_of(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
+    texts = [text_of(row.answer) for row in rows]
+    answer = texts[0] if len(rows) == 1 else texts
+    if seconds is None:
+        return answer
+    tokens = sum(len(row.answer) for row in rows)
+    boxes = sum(text.count("<box>") for text in texts)
+    statistics = (
+        f"num_tokens={tokens}; generate_time(s)={seconds:.4f}; tps={tokens / seconds:.4f}; "
+        f"forward_step={sum(row.forwards for row in rows)}; num_boxes={boxes}; bps={boxes / seconds:.4f}; "
+        f"switch_to_ar={sum(row.switches for row in rows)}"
+    )
+    histories = []
+    for row in rows:
+        ids = iter(row.answer)
+        histories.append([(mode, text_of(list(islice(ids, count)))) for mode, count in row.steps])
+    return answer, histories[0] if len(rows) == 1 else histories, statistics
+
+
+# ---- images
+
+
+class PromptFeatures:
+    """The image features of each row, checked at once and encoded when the loop takes them.
+
+    Args:
+        model: encodes and projects. repeats: row i of the loop shows what row i // repeats of the prompts does.
+        pixel_values, image_grid_hws, visual_features: as `generate` takes them.
+
+    Raises:
+        ValueError: images that do not fill the rows' image slots exactly, in order.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Prompts,
+        repeats: int,
+        pixel_values: Any,
+        image_grid_hws: Any,
+        visual_features: Any,
+    ):
+        self.model, self.repeats, self.patches_a_pass = model, repeats, PATCHES_A_PASS
+        self.sizes: list[tuple[int, int]] = []
+        self.kind = "pixels"
+        if isinstance(visual_features, (torch.Tensor, np.ndarray)):
+            self.kind, features = "projected", torch.as_tensor(visual_features)
+            hidden = model.config.text_config.hidden_size
+            if list(features.shape) != [sum(prompts.slots), hidden]:
+                raise ValueError(
+                    f"visual_features are {list(features.shape)}; one tensor is taken for projected features, "
+                    f"[image slots, hidden] = [{sum(prompts.slots)}, {hidden}]."
+                )
+            # what fills slots side by side counts as one image
+            slot = model.config.image_token_index
+            runs = [len(list(run)) for row in prompts.rows for shown, run in groupby(row, slot.__eq__) if shown]
+            self.images = list(features.split(runs))
+        elif visual_features is not None:
+            self.kind, self.images = "encoded", [torch.as_tensor(image) for image in visual_features]
+        else:
+            self.images, self.sizes = read_images(pixel_values, image_grid_hws)
+        merged = math.prod(model.config.vision_config.merge_kernel_size) if self.kind == "pixels" else 1
+        self.tokens = [len(image) // merged for image in self.images]
+        same = first_equal(self.images, self.sizes)
+        self.of_rows = [[same[image] for image in row] for row in images_by_row(prompts.slots, self.tokens)]
+        # rows that have yet to enter, by image
+        self.waiting = Counter({i: n * repeats for i, n in Counter(chain(*map(set, self.of_rows))).items()})
+        self.encoded: dict[int, torch.Tensor] = {}
+
+    def layout(self, row: int) -> tuple[list[int], list[int]]:
+        """Identity and tokens of each of a row's images; equal images have one identity."""
+        images = self.of_rows[row // self.repeats]
+        return images, [self.tokens[image] for image in images]
+
+    def take(self, wanted: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """Features `[tokens, hidden]` of each (row of the loop, image tokens to skip)'s images, in order."""
+        images = []
+        for row, skip in wanted:
+            for image, tokens in zip(*self.layout(row), strict=True):
+                if skip <= 0:
+                    images.append(image)
+                skip -= tokens
+        missing = sorted(set(images) - self.encoded.keys())
+        self.encoded.update(zip(missing, self.encode(missing), strict=True))
+        return [self.encoded[image] for image in images]
+
+    def release(self, row: int) -> None:
+        """A row has entered: features that no waiting row shows are dropped."""
+        for image in set(self.of_rows[row // self.repeats]):
+            self.waiting[image] -= 1
+            if self.waiting[image] <= 0:
+                self.encoded.pop(image, None)
+
+    def halve(self) -> None:
+        """Memory ran out: encode in passes of half the size."""
+        self.patches_a_pass = max(1, self.patches_a_pass // 2)
+
+    def encode(self, images: list[int]) -> list[torch.Tensor]:
+        """`[tokens, hidden]` of each image."""
+        chosen = [self.images[image] for image in images]
+        if self.kind == "pixels" and chosen:
+            grids = torch.tensor([self.sizes[image] for image in images])
+            chosen = self.model.extract_feature(torch.cat(chosen), grids, self.patches_a_pass)
+        return chosen if self.kind == "projected" else self.model.project(chosen)
+
+
+def first_equal(images: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
+    """For each tensor, the place of the first one equal to it. Two are compared only if their fingerprints agree.
+
+    Args:
+        sizes: of the images whose patches these are: the same patches may lie in a wide grid or in a high one.
+    """
+    seen: dict[tuple, list[int]] = {}
+    first = []
+    for place, image in enumerate(images):
+        probe = image.flatten()[:: max(1, image.numel() // 4096)].double()
+        size = sizes[place] if sizes else None
+        alike = seen.setdefault((tuple(image.shape), size, float(probe.sum()), float(probe.square().sum())), [])
+        equal = next((other for other in alike if images[other] is image or torch.equal(images[other], image)), place)
+        if equal == place:
+            alike.append(place)
+        first.append(equal)
+    return first
+
+
+def images_by_row(slots: list[int], tokens: list[int]) -> list[list[int]]:
+    """Which images fill each row's slots, in order.
+
+    Args:
+        slots: image slots of each row. tokens: image tokens of each image.
+
+    Raises:
+        ValueError: a row's slots end inside an image, images run out, or images are left over.
+    """
+    rows: list[list[int]] = []
+    image = 0
+    for index, count in enumerate(slots):
+        first, filled = image, 0
+        while filled < count and image < len(tokens):
+            filled, image = filled + tokens[image], image + 1
+        if filled != count:
+            raise ValueError(
+                f"row {index} has {count} image slots, but its images give {filled} tokens; the prompt and the images "
+                "do not belong together."
+            )
+        rows.append(list(range(first, image)))
+    if image < len(tokens):
+        raise ValueError(
+            f"the rows have {sum(slots)} image slots, but {len(tokens)} images give {sum(tokens)} tokens."
+        )
+    return rows
