@@ -68,7 +68,7 @@ def test_answers_are_the_same_from_graphs(golden, fake_capture):
         output = batch.run(max_batch_rows=slots)
         assert batch.answers(output) == batch.expected()
         assert output.row_forwards.tolist() == [case["forward_step"] for case in batch.cases]
-    assert 5 < len(fake_capture)
+    assert len(fake_capture) > 5
 
 
 def test_an_empty_slot_has_nothing_to_do(fake_capture):
