@@ -97,12 +97,6 @@ def test_a_failed_capture_falls_back(fake_capture, monkeypatch):
     assert batch.answers(batch.run()) == batch.expected()
 
 
-def test_graphs_are_not_asked_for_on_cpu(shapes):
-    assert not shapes._captures(None, torch.device("cpu"))
-    assert not shapes._captures(True, torch.device("cpu"))
-    assert shapes._captures(None, torch.device("cuda")) and not shapes._captures(False, torch.device("cuda"))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("graphs", [True, False])
