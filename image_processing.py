@@ -1,24 +1,324 @@
 # Copyright 2026 The LocateAnything-batched authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Pictures to patches, bit for bit as the published processor (checkpoint.md, "Image preprocessing")."""
+"""Pictures in any form → RGB → patches (checkpoint.md, "Image preprocessing")."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import base64
+import io
+import os
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import ceil, inf
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypedDict
+from urllib.error import HTTPError
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .media import load_image
+MAX_PATCHES_PER_SIDE = 512  # the vision tower has positions for fewer
+TOKEN_SIDE = 28  # pixels a side of what becomes an image token
+URL_TIMEOUT = 30.0  # seconds without a byte
+MAX_DOWNLOAD = 256 * 2**20  # bytes
+# The keys of an image item. The first of these counts: what `datasets` hands out has bytes and a path to nowhere.
+SOURCE_KEYS = ("image", "image_url", "bytes", "base64", "path", "url")
+SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+# What messages for OpenAI, Anthropic, LiteLLM and vLLM and data sets have beside an image; it changes no pixel.
+HARMLESS_KEYS = ("type", "text", "detail", "format", "mime_type", "media_type", "id", "uuid", "name", "cache_control")
 
-# The vision tower has positions for fewer patches a side than this.
-MAX_PATCHES_PER_SIDE = 512
+
+def load_image(source: Any, *, upright: bool = False) -> Image.Image:
+    """Reads one picture (checkpoint.md, "Image preprocessing").
+
+    Transparency of RGBA is composited on white; 16-bit greys keep their upper 8 bits, as PIL does with 16-bit colours;
+    every other mode is what `Image.convert("RGB")` makes of it. Of several frames or pages in a file the first is
+    taken, with a warning.
+
+    Args:
+        source: one of
+            a PIL image; a path (str or PathLike); a `file://`, `http://`, `https://` or `data:` URL; the bytes of an
+            image file; a binary file object;
+            a numpy array or torch tensor `[H, W]`, `[H, W, C]` or `[C, H, W]` with C of 1, 3 or 4 (RGBA), uint8,
+            uint16 or floating point in 0…1; where both layouts are possible an array is HWC and a tensor CHW;
+            a dict with one of these under one of `SOURCE_KEYS`. Beside it, `min_pixels` and `max_pixels` are a budget
+            to which the picture is resized, `resized_height` and `resized_width` a size; both in pixels, made of
+            multiples of 28. `HARMLESS_KEYS`, and keys with None, say nothing.
+        upright: turn the picture as its EXIF orientation says. The published processor does not.
+
+    Returns:
+        A new RGB image in memory, sized as the source is if nothing else was asked for.
+
+    Raises:
+        ValueError: the source has no pixels, cannot be read, is too large (PIL's decompression-bomb limit, or 256 MiB
+            to download), is PostScript (which PIL gives to another program to run), is of a mode without a range of
+            its own (I, F), or is none of the above. The message names it, a URL without credentials and query.
+    """
+    if isinstance(source, Mapping):
+        value, sizes = _read_item(source)
+        return _resized(load_image(value, upright=upright), sizes)
+    with _opened(source) as image:
+        loaded = _to_rgb(image, upright, is_ours=image is not source)
+        is_first = _is_first_of_several(image)
+    if is_first:
+        warnings.warn(f"image {_name_of(source)}: has several frames or pages; the first is taken.", stacklevel=2)
+    return loaded
+
+
+def load_video(source: Any, *, upright: bool = False) -> list[Image.Image]:
+    """Reads a video given as frames.
+
+    Args:
+        source: a list or tuple of anything `load_image` takes; an array or tensor `[frames, H, W, C]` or
+            `[frames, C, H, W]`, uint8, uint16 or floating point, which is in 0…1, or, if any value is above 1, in
+            0…255 with fractions dropped (what torchvision's reader gives); or a file of several frames or pages (GIF,
+            APNG, WebP, TIFF), in any form that `load_image` takes.
+        upright: as for `load_image`.
+
+    Returns:
+        The frames as RGB images, at least one.
+
+    Raises:
+        ValueError: no frames, a frame that `load_image` refuses, or a video file: no decoder is shipped.
+    """
+    if isinstance(source, Mapping):
+        value, sizes = _read_item(source)
+        return [_resized(frame, sizes) for frame in load_video(value, upright=upright)]
+    if is_array(source):
+        return [load_image(frame) for frame in _to_uint8(source, "video", dimensions=(4,), highest=255)]
+    if is_list(source):
+        if not source:
+            raise ValueError("video: got an empty list; expected at least one frame.")
+        return _load_each(source, "video frame {}", upright)
+    try:
+        with _opened(source) as image:
+            at, frames = image.tell(), []
+            for index in range(getattr(image, "n_frames", 1)):
+                image.seek(index)
+                frames.append(_to_rgb(image, upright))
+            image.seek(at)
+        return frames
+    except ValueError as error:
+        raise ValueError(f"video: {error} There is no video decoder; pass a list of frames.") from error
+
+
+def shorten(source: Any, width: int = 100) -> str:
+    """A source as an error message shows it: quoted, cut where it is long, a URL without credentials and query."""
+    text = re.sub(r"(?is)^\s*([a-z][a-z0-9+.-]*://)(?:[^/]*@)?([^?#]*).*", r"\1\2", str(source))
+    return repr(text if len(text) <= width else f"{text[: width - 1]}…")
+
+
+# ---------------------------------------------------------------------------------------------- anything → PIL
+
+
+def _name_of(source: Any) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return shorten(source)
+    is_bytes = isinstance(source, (bytes, bytearray, memoryview))
+    return f"{len(source)} bytes" if is_bytes else f"({type(source).__name__})"
+
+
+@contextmanager
+def _opened(source: Any) -> Iterator[Image.Image]:
+    """The source as a PIL image; what goes wrong with it, here or in the block, is a ValueError that names it."""
+    try:
+        if isinstance(source, Image.Image):
+            yield source
+        elif is_array(source):
+            pixels = _to_uint8(source, "array", dimensions=(2, 3))
+            yield Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
+        else:
+            with Image.open(_file_of(source)) as image:
+                yield image
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"image {_name_of(source)}: not an image file that PIL can read.") from None
+    except Exception as error:  # PIL's plugins raise whatever a broken file leads to, some of it in decoding
+        raise ValueError(f"image {_name_of(source)}: cannot be read ({error}).") from error
+
+
+def _file_of(source: Any) -> Any:
+    """A path or binary file for `Image.open`."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    if hasattr(source, "read"):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"got {type(source).__name__}; expected an image, array, path, URL, bytes, file, or dict of one"
+        )
+    text = os.fsdecode(source)
+    scheme, _, rest = text.strip().partition(":")
+    scheme = scheme.lower()
+    if scheme in ("http", "https"):
+        return io.BytesIO(_download(text.strip()))
+    if scheme == "data":
+        head, comma, data = rest.partition(",")
+        if not comma:
+            raise ValueError("a data URI has a comma before its data")
+        if not head.lower().endswith(";base64"):
+            return io.BytesIO(unquote_to_bytes(data))
+        return io.BytesIO(base64.b64decode("".join(unquote(data).split()), validate=True))
+    if scheme == "file":  # written plainly behind the scheme, or percent-encoded
+        text = rest.removeprefix("//")
+        text = text if os.path.exists(text) else unquote(text)
+    if not os.path.isfile(text):  # reading from a pipe or a device may never end
+        raise OSError("is no regular file" if os.path.exists(text) else "there is no such file")
+    return text
+
+
+def _download(url: str) -> bytes:
+    """What a URL leads to. Messages and causes of the libraries are dropped: they quote passwords and redirections."""
+    try:
+        parts = urlsplit(url)
+        user, _, host = parts.netloc.rpartition("@")
+        quoted = quote(parts._replace(netloc=host.encode("idna").decode()).geturl(), safe=string.punctuation)
+        request = Request(quoted, headers={"User-Agent": "LocateAnything-batched"})
+        if user:  # not sent on to where a redirection leads
+            login = base64.b64encode(unquote(user).encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {login}")
+        with urlopen(request, timeout=URL_TIMEOUT) as response:
+            body = response.read(MAX_DOWNLOAD + 1)
+    except HTTPError as error:
+        raise OSError(f"cannot be downloaded: the server answered {error.code}") from None
+    except Exception as error:
+        reason = getattr(error, "reason", None)
+        told = reason if isinstance(reason, OSError) else type(error).__name__
+        raise OSError(f"cannot be downloaded: {told}") from None
+    if len(body) > MAX_DOWNLOAD:
+        raise OSError(f"larger than {MAX_DOWNLOAD} bytes")
+    return body
+
+
+def _to_uint8(source: Any, name: str, dimensions: Sequence[int], highest: int = 1) -> np.ndarray:
+    """uint8 `[…, H, W, C]` or `[H, W]` of an array or tensor; floating point is in 0…1, or in 0…`highest`."""
+    pixels, shape = source, tuple(source.shape)
+    first, last = len(shape) > 2 and shape[-3] in (1, 3, 4), len(shape) == 2 or shape[-1:] in ((1,), (3,), (4,))
+    if len(shape) not in dimensions or 0 in shape or not (first or last):
+        raise ValueError(f"{name}: has the shape {list(shape)}; expected [H, W, C] or [C, H, W] of 1, 3 or 4 channels")
+    is_tensor = isinstance(source, torch.Tensor)
+    if is_tensor:
+        pixels = source.detach().cpu()
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()  # numpy has no bfloat16
+    if first and (is_tensor or not last):
+        pixels = np.moveaxis(pixels, -3, -1)
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
+        pixels = pixels >> 8
+    elif pixels.dtype.kind == "f":
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= 0 and high <= highest):  # NaN fails too
+            raise ValueError(f"{name}: has values from {low:g} to {high:g}; floating point is expected in 0…1")
+        pixels = pixels if high > 1 else np.rint(pixels * 255)
+    elif pixels.dtype != np.uint8:
+        raise ValueError(f"{name}: is of {pixels.dtype}; expected uint8, uint16 or floating point")
+    return np.ascontiguousarray(pixels, dtype=np.uint8)
+
+
+def _read_item(item: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The source in an image item, and the sizes that it asks for."""
+    given = {key: value for key, value in item.items() if value is not None}  # data sets fill items up with None
+    unknown = given.keys() - {*SOURCE_KEYS, *SIZE_KEYS, *HARMLESS_KEYS}
+    key = next((key for key in SOURCE_KEYS if key in given), None)
+    if unknown or key is None:
+        raise ValueError(
+            f"image: got an item with the keys {sorted(map(str, unknown or given))}; expected one of {SOURCE_KEYS}, "
+            f"and beside it only {SIZE_KEYS} or {HARMLESS_KEYS}."
+        )
+    value = given[key]
+    if key == "base64" and isinstance(value, str) and value[:5].lower() != "data:":
+        value = f"data:;base64,{value}"
+    return value, {key: given[key] for key in SIZE_KEYS if key in given}
+
+
+def _is_first_of_several(image: Image.Image) -> bool:
+    try:  # a camera's MPO has previews and a PSD has layers, which are no frames
+        return image.is_animated and image.tell() == 0 and image.format not in ("MPO", "PSD")  # type: ignore
+    except Exception:  # not from a file, or from one that is closed
+        return False
+
+
+def _load_each(sources: Iterable[Any], name: str, upright: bool) -> list[Image.Image]:
+    images = []
+    for index, source in enumerate(sources):
+        try:
+            images.append(load_image(source, upright=upright))
+        except ValueError as error:
+            raise ValueError(f"{name.format(index)}: {error}") from error
+    return images
+
+
+# ---------------------------------------------------------------------------------------------- PIL → RGB
+
+
+def _to_rgb(image: Image.Image, upright: bool, is_ours: bool = False) -> Image.Image:
+    """An RGB image of its own. `is_ours`: nobody else has the image, so that one in RGB need not be copied."""
+    if 0 in image.size:
+        raise ValueError(f"{image.width}×{image.height} pixels; a side of zero has no content")
+    if image.format == "EPS":  # PIL would start Ghostscript on it
+        raise ValueError("PostScript is a program; expected a picture of pixels")
+    # 16-bit PGM, and PNG before Pillow 11, are opened as I
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not is_16_bit:
+        raise ValueError(f"its mode {image.mode} has no range of its own; scale it to uint8, uint16 or 0…1 first")
+    if upright:
+        image.load()
+        with suppress(Exception):  # a broken EXIF block turns nothing
+            image = ImageOps.exif_transpose(image)
+    if is_16_bit:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if is_ours and image.mode == "RGB" and not getattr(image, "is_animated", False):
+        image.load()
+        if not image.readonly:  # else it lies in a file that PIL has mapped, or in an array
+            return image
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
+
+
+def _resized(image: Image.Image, sizes: Mapping[str, Any]) -> Image.Image:
+    """The image as large as an item's `SIZE_KEYS` say; it stays as it is within the budget."""
+    for name, value in sizes.items():
+        if not is_count(value):
+            raise ValueError(f"{name}: got {value!r}; expected a whole number of pixels.")
+    wanted = [sizes.get(name, 0) for name in ("resized_height", "resized_width")]
+    if any(wanted) and not all(wanted):
+        raise ValueError(f"resized_height, resized_width: got {wanted}; expected both or none.")
+    height, width = image.height / TOKEN_SIDE, image.width / TOKEN_SIDE
+    least, most = sizes.get("min_pixels", 0) / TOKEN_SIDE**2, sizes.get("max_pixels", inf) / TOKEN_SIDE**2
+    tokens = ceil(height) * ceil(width)  # that preprocessing would make
+    if any(wanted):
+        rows, columns = (max(1, round(side / TOKEN_SIDE)) for side in wanted)
+    elif tokens > most:
+        scale = (most / (height * width)) ** 0.5
+        rows = max(1, min(int(height * scale), int(most)))
+        columns = max(1, min(int(width * scale), int(most / rows)))
+    elif tokens < least:
+        scale = (least / (height * width)) ** 0.5
+        rows, columns = ceil(height * scale), ceil(width * scale)
+    else:
+        return image
+    return image.resize((columns * TOKEN_SIDE, rows * TOKEN_SIDE), Image.Resampling.BICUBIC)
+
+
+# ---------------------------------------------------------------------------------------------- RGB → patches
+
+
+class ImageSettings(TypedDict, total=False):
+    """What `from_pretrained(…)` of transformers 5 may change."""
+
+    in_token_limit: int
+    upright: bool
 
 
 class LocateAnythingImageProcessor(BaseImageProcessor):
@@ -29,12 +329,11 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         in_token_limit: most patches (before padding to whole merges) that an image keeps; larger ones are shrunk.
         merge_kernel_size: (rows, columns) of patches that become one image token.
         image_mean, image_std: per channel, of pixels in 0…1.
-
-    Raises:
-        ValueError: a number out of range.
+        upright: turn pictures as their EXIF orientation says.
     """
 
     model_input_names = ["pixel_values", "image_grid_hws"]
+    valid_kwargs = ImageSettings
 
     def __init__(
         self,
@@ -43,33 +342,27 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         merge_kernel_size: Sequence[int] = (2, 2),
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        upright: bool = False,
         **kwargs: Any,
     ):
-        methods = sorted(name for name in kwargs if callable(getattr(type(self), name, None)))
-        if methods:
-            raise ValueError(
-                f"{', '.join(methods)}: got a value for a method of the processor; expected settings only."
-            )
         super().__init__(**kwargs)
-        for name, value in (("patch_size", patch_size), ("in_token_limit", in_token_limit)):
-            if not is_count(value):
-                raise ValueError(f"{name}: got {value!r}; expected a whole number of 1 or more.")
-        if not is_list(merge_kernel_size) or len(merge_kernel_size) != 2 or not all(map(is_count, merge_kernel_size)):
-            raise ValueError(f"merge_kernel_size: got {merge_kernel_size!r}; expected (rows, columns) of patches.")
-        for name, values, least in (("image_mean", image_mean, 0.0), ("image_std", image_std, 1e-6)):
-            if not is_list(values) or len(values) != 3 or not all(_is_share(value, least) for value in values):
-                raise ValueError(f"{name}: got {values!r}; expected three numbers of {least:g} to 1.")
         self.patch_size = patch_size
         self.in_token_limit = in_token_limit
         self.merge_kernel_size = list(merge_kernel_size)
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.upright = upright
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings. `auto_map` names the class; by `image_processor_type`, transformers 4.57 would look for a fast
+        class and torchvision first."""
+        return {name: value for name, value in super().to_dict().items() if name != "image_processor_type"}
 
     def preprocess(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
         """Turns images into patches.
 
         Args:
-            images: one image or a list of them, each anything `media.load_image` takes.
+            images: one image or a list of them, each anything `load_image` takes.
             return_tensors: "pt" (also the default) or "np".
 
         Returns:
@@ -79,15 +372,29 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: no images, one that cannot be read, has a zero side, or is 512 patches or more a side.
         """
-        images, _ = image_layout(images)
-        if not images:
+        is_several = is_list(images) or (is_array(images) and images.ndim == 4)
+        loaded = _load_each(images if is_several else [images], "images[{}]", self.upright)
+        if not loaded:
             raise ValueError("images: got an empty list; expected at least one image.")
-        loaded = [Source(f"images[{index}]", image).load(load_image) for index, image in enumerate(images)]
         for index, image in enumerate(loaded):
             self.grid_of(image.height, image.width, f"images[{index}]")
-        patches, grids = zip(*map(self.patchify, loaded), strict=True)
-        data = {"pixel_values": torch.cat(patches), "image_grid_hws": torch.tensor(grids, dtype=torch.long)}
-        return as_batch(data, return_tensors)
+        return as_batch(self.encode(loaded), return_tensors)
+
+    def encode(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """What `preprocess` returns, of RGB images. Equal ones, as in rows about one picture, are computed once."""
+        grids = [self.grid_of(image.height, image.width) for image in images]
+        ends = np.cumsum([rows * columns for rows, columns in grids])
+        # Written in place, and by numpy, whose large arrays lie on huge pages: new memory costs more than arithmetic
+        pixel_values = np.empty((ends[-1], 3, self.patch_size, self.patch_size), np.float32)
+        of_size = Counter(image.size for image in images)
+        done: dict[Any, np.ndarray] = {}
+        for image, grid, patches in zip(images, grids, np.split(pixel_values, ends[:-1]), strict=True):
+            key = (image.size, image.tobytes() if of_size[image.size] > 1 else b"")
+            if key in done:
+                patches[:] = done[key]
+            else:
+                done[key] = self._write_patches(image, grid, patches)
+        return {"pixel_values": torch.from_numpy(pixel_values), "image_grid_hws": torch.tensor(grids)}
 
     def grid_of(self, height: int, width: int, name: str = "image") -> tuple[int, int]:
         """Rows and columns of patches that an image of `height`×`width` pixels has after preprocessing.
@@ -97,7 +404,8 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         """
         if height < 1 or width < 1:
             raise ValueError(f"{name}: is {width}×{height} pixels; a side of zero has no content.")
-        rows, columns = self._snap(*self._shrink(height, width))
+        sides = zip(self._shrink(height, width), self.merge_kernel_size, strict=True)
+        rows, columns = (-(-side // (merge * self.patch_size)) * merge for side, merge in sides)
         if max(rows, columns) >= MAX_PATCHES_PER_SIDE:
             raise ValueError(
                 f"{name}: {width}×{height} pixels make {columns}×{rows} patches of {self.patch_size} pixels; a side "
@@ -122,17 +430,21 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
 
     def patchify(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """Patches float32 `[rows * columns, 3, patch_size, patch_size]` of one RGB image, and (rows, columns)."""
-        rows, columns = self.grid_of(image.height, image.width)
-        side = self.patch_size
+        return self.encode([image])["pixel_values"], self.grid_of(image.height, image.width)
+
+    def _write_patches(self, image: Image.Image, grid: tuple[int, int], patches: np.ndarray) -> np.ndarray:
+        (rows, columns), side = grid, self.patch_size
         height, width = self._shrink(image.height, image.width)
-        # Two resizes where the image is over the limit, as published: the pixels depend on it.
+        # Two resizes where the image is over the limit, as published: the pixels depend on it
         for size in ((width, height), (columns * side, rows * side)):
             if image.size != size:
                 image = image.resize(size, Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).view(rows, side, columns, side, 3)
-        patches = pixels.permute(0, 2, 4, 1, 3).reshape(-1, 3, side, side).float()
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
-        return patches.div_(255).sub_(mean).div_(std), (rows, columns)
+        pixels = np.asarray(image).reshape(rows, side, columns, side, 3)
+        patches.reshape(rows, columns, 3, side, side)[...] = pixels.transpose(0, 2, 4, 1, 3)
+        patches /= np.float32(255)
+        patches -= np.array(self.image_mean, np.float32).reshape(3, 1, 1)
+        patches /= np.array(self.image_std, np.float32).reshape(3, 1, 1)
+        return patches
 
     def _shrink(self, height: int, width: int) -> tuple[int, int]:
         patches = (width // self.patch_size) * (height // self.patch_size)
@@ -141,39 +453,9 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         scale = (self.in_token_limit / patches) ** 0.5
         return max(1, int(height * scale)), max(1, int(width * scale))
 
-    def _snap(self, height: int, width: int) -> tuple[int, int]:
-        merge_rows, merge_columns = self.merge_kernel_size
-        return (
-            -(-height // (merge_rows * self.patch_size)) * merge_rows,
-            -(-width // (merge_columns * self.patch_size)) * merge_columns,
-        )
-
-
-@dataclass(frozen=True)
-class Source:
-    """An image or a video as it came, and what an error message calls it."""
-
-    name: str
-    value: Any
-
-    def load(self, load: Callable[[Any], Any]) -> Any:
-        try:
-            return load(self.value)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-
 
 def is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
-
-
-def _is_share(value: Any, least: float) -> bool:
-    return isinstance(value, (int, float)) and least <= value <= 1
-
-
-def is_number(value: Any) -> bool:
-    """A number that float32 can hold: no NaN, no infinity."""
-    return isinstance(value, Real) and abs(value) < 1e9  # type: ignore[operator]
 
 
 def is_list(value: Any) -> bool:
@@ -182,6 +464,11 @@ def is_list(value: Any) -> bool:
 
 def is_array(value: Any) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor))
+
+
+def is_number(value: Any) -> bool:
+    """A number that float32 can hold: no NaN, no infinity."""
+    return isinstance(value, Real) and abs(value) < 1e9  # type: ignore[operator]
 
 
 def to_list(array: np.ndarray | torch.Tensor, name: str) -> Any:
@@ -211,3 +498,17 @@ def image_layout(images: Any) -> tuple[list[Any], bool]:
     if not is_list(images):
         return [images], False
     return list(images), any(map(is_list, images))
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image or a video as it came, and what an error message calls it."""
+
+    name: str
+    value: Any
+
+    def load(self, load: Callable[[Any], Any]) -> Any:
+        try:
+            return load(self.value)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error

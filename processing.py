@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .configuration import TokenRoles  # noqa: F401, grounding names it, and transformers 4.57 copies only what is here
 from .conversations import (
     Placeholders,
     Vision,

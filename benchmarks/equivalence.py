@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import count  # noqa: E402
 from grounding import build_question, parse_answer  # noqa: E402 (modules of the clone)
-from media import load_image  # noqa: E402
+from image_processing import load_image  # noqa: E402
 from upload_to_hub import assemble  # noqa: E402
 
 MODES = ("hybrid", "fast", "slow")

@@ -28,7 +28,7 @@ ENTRIES = (*MODEL_ENTRIES, "processing")
 
 MODEL = "modeling_locateanything_batched.LocateAnythingBatchedForConditionalGeneration"
 _PROCESSOR_MAP: dict[str, Any] = {
-    "AutoImageProcessor": "processing.LocateAnythingImageProcessor",
+    "AutoImageProcessor": "image_processing.LocateAnythingImageProcessor",
     "AutoProcessor": "processing.LocateAnythingProcessor",
 }
 AUTO_MAPS: dict[str, dict[str, Any]] = {
@@ -336,6 +336,8 @@ def _switch_auto_map(name: str, code_repo: str | None, data: dict[str, Any]) -> 
             part["auto_map"] = {auto: known[auto] for auto in part["auto_map"] or () if auto in known}
     if name in AUTO_MAPS:
         data["auto_map"] = ours
+        # By it, transformers 4.57 looks for a fast class of its own, and torchvision, before it reads `auto_map`
+        data.pop("image_processor_type", None)
     if name == "config.json":
         data["architectures"] = [MODEL.split(".")[-1]]
 

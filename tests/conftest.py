@@ -63,7 +63,7 @@ def tokenizer_of(name: str):
 @functools.cache
 def pixels_of(name: str, image: str):
     """(pixel_values, (rows, columns)) of a golden picture."""
-    from locateanything.media import load_image
+    from locateanything.image_processing import load_image
     from locateanything.processing import LocateAnythingImageProcessor
 
     processor = LocateAnythingImageProcessor.from_pretrained(CHECKPOINTS[name])

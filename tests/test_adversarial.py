@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import os
 import re
-import struct
 import unicodedata
-import zlib
 
 import numpy as np
 import pytest
@@ -17,12 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from locateanything import media
 from locateanything.grounding import ANSWER_TOKENS, geometric_mean, parse_answer
-from locateanything.media import load_image
-from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
+from locateanything.processing import LocateAnythingProcessor
 from tests.conftest import model_of
-from tests.test_media import PNG
 from tests.test_processing import ANSWER, SMALL, ids_of, image, processor_of, user
 
 PROCESSOR = processor_of("shapes")
@@ -33,175 +25,6 @@ RESERVED = ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
 
 def bounded(examples: int):
     return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-# ---------------------------------------------------------------------------------------------- pictures
-
-MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"]
-# any shape, thin ones, and one that is over the limit of patches
-SIZES = st.one_of(
-    st.tuples(st.integers(1, 90), st.integers(1, 90)),
-    st.tuples(st.integers(1, 30), st.integers(600, 6000)),
-    st.tuples(st.integers(600, 6000), st.integers(1, 30)),
-)
-
-
-def check_patches(out, count: int) -> None:
-    grids = out["image_grid_hws"].tolist()
-    assert len(grids) == count
-    assert all(rows % 2 == columns % 2 == 0 and 0 < rows < 512 and 0 < columns < 512 for rows, columns in grids)
-    assert out["pixel_values"].shape == (sum(rows * columns for rows, columns in grids), 3, 14, 14)
-    assert out["pixel_values"].abs().max() <= 1
-
-
-@bounded(60)
-@given(mode=st.sampled_from(MODES), size=SIZES, colour=st.integers(0, 255), orientation=st.integers(0, 9))
-def test_pictures_of_every_mode_and_size(mode, size, colour, orientation):
-    picture = Image.new("L", size, colour)
-    picture = Image.new(mode, size) if mode in ("I;16", "RGBa", "LAB", "RGBX", "PA") else picture.convert(mode)
-    picture.getexif()[0x0112] = orientation
-    processor = PROCESSOR.image_processor
-    out = processor.preprocess(picture)
-    check_patches(out, 1)
-    rows, columns = processor.grid_of(size[1], size[0])
-    assert out["image_grid_hws"].tolist() == [[rows, columns]], (
-        "pictures are taken as they are stored, as in the stock"
-    )
-    assert processor.get_number_of_image_tokens(size[1], size[0]) * 4 == rows * columns
-
-
-@bounded(300)
-@given(height=st.integers(-5, 300_000), width=st.integers(-5, 300_000), limit=st.integers(1, 60_000))
-def test_a_grid_is_within_limits_or_refused(height, width, limit):
-    processor = LocateAnythingImageProcessor(in_token_limit=limit)
-    try:
-        rows, columns = processor.grid_of(height, width)
-    except ValueError as error:
-        assert str(width) in str(error) and str(height) in str(error)
-        return
-    assert 0 < rows < 512 and 0 < columns < 512 and rows % 2 == columns % 2 == 0
-    # the limit counts whole patches; a thin picture has nearly one more on each side, and padding adds a merge
-    assert (rows - 2) * (columns - 2) <= 4 * limit
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_the_first_frame_of_an_animation_is_shown(kind):
-    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue", "green")]
-    file = io.BytesIO()
-    frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=9, lossless=True)
-    red, green, blue = load_image(file.getvalue()).getpixel((5, 5))
-    assert red > 250 and green == blue == 0
-    assert load_image(file.getvalue()).size == (40, 30)
-
-
-ENCODED = []
-for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO"):
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(stream, kind)
-    ENCODED.append(stream.getvalue())
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # what PIL says of damaged tags
-@bounded(250)
-@given(st.sampled_from(ENCODED), st.data())
-def test_truncated_and_damaged_files_are_read_or_refused_by_name(file, data):
-    start, stop = sorted(data.draw(st.tuples(st.integers(0, len(file)), st.integers(0, len(file)))))
-    damaged = data.draw(st.sampled_from([file[:start], file[:start] + data.draw(st.binary(max_size=8)) + file[stop:]]))
-    try:
-        assert load_image(damaged).mode == "RGB"
-    except ValueError as error:
-        assert str(error).startswith(f"image {len(damaged)} bytes: ")
-
-
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
-    )
-
-
-@pytest.mark.parametrize(
-    ("bomb", "message"),
-    [
-        (png(100_000, 100_000, (b"IDAT", zlib.compress(bytes(1000)))), "decompression bomb"),
-        (png(2**31 - 1, 2**31 - 1), "decompression bomb"),
-        (png(8, 8, (b"zTXt", b"x\0\0" + zlib.compress(bytes(2**27))), (b"IDAT", b"")), "cannot be read"),
-        (png(8, 8, (b"iCCP", b"x\0\0" + zlib.compress(bytes(2**27))), (b"IDAT", b"")), "cannot be read"),
-        (png(8, 8, (b"IDAT", zlib.compress(bytes(10)))), "cannot be read"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "PostScript"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
-        (b"%PDF-1.7\n", "not an image"),
-    ],
-)
-def test_bombs_are_refused_by_name(bomb, message):
-    with pytest.raises(ValueError, match=rf"image {len(bomb)} bytes: .*{message}"):
-        load_image(bomb)
-    with pytest.raises(ValueError, match=rf"conversation 0, image 1: image {len(bomb)} bytes: .*{message}"):
-        PROCESSOR.apply_chat_template(user(image(bomb), "Q"), tokenize=True)
-
-
-@pytest.mark.parametrize("kind", ["text/html", "application/pdf", "video/mp4", "TEXT/plain;charset=utf-8"])
-def test_another_mime_type_is_refused(kind):
-    with pytest.raises(ValueError, match=r"declared as another type; expected data:image"):
-        load_image(f"data:{kind};base64,{base64.b64encode(PNG).decode()}")
-    for right in ("image/png", "image/x-whatever", "application/octet-stream", ""):
-        load_image(f"data:{right};base64,{base64.b64encode(PNG).decode()}")
-
-
-def test_a_server_that_declares_no_image_is_refused(monkeypatch):
-    sent = {"Content-Type": "text/html"}
-    monkeypatch.setattr(media, "urlopen", lambda *args, **kwargs: Served(sent))
-    with pytest.raises(ValueError, match=r"cannot be downloaded .*sent as 'text/html'; expected an image"):
-        load_image("http://pictures/1.png")
-    sent["Content-Type"] = "image/png; x=y"
-    assert load_image("http://pictures/1.png").mode == "RGB"
-
-
-class Served(io.BytesIO):
-    """What urlopen returns, with headers of our choice."""
-
-    length = 0
-
-    def __init__(self, headers):
-        super().__init__(PNG)
-        self.headers = headers
-
-
-SOURCES = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(),
-        st.text(st.characters(codec=None)).map("data:".__add__),
-        st.text(st.characters(codec=None)).map("data:image/png;base64,".__add__),
-        st.text(st.characters(codec=None)).map("file://".__add__),
-        st.just(torch.zeros(2, 2, device="meta")), st.just(torch.eye(3).to_sparse()),
-        st.just(np.array([[None]])), st.just(np.array([["a"]])), st.just(np.float32(3)),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=2), st.dictionaries(st.sampled_from([*media.SOURCE_KEYS, "type"]), inner, max_size=3)
-    ),
-    max_leaves=6,
-)  # fmt: skip
-
-
-@bounded(300)
-@given(SOURCES)
-def test_any_source_is_read_or_refused(source):
-    for load in (load_image, media.load_video):
-        try:
-            load(source)
-        except ValueError as error:
-            assert str(error).startswith(("image", "video"))
-
-
-def test_dicts_without_end_are_refused(tmp_path):
-    endless: dict = {}
-    endless["image"] = endless
-    with pytest.raises(ValueError, match="4 dicts in one another"):
-        load_image(endless)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match=r"pipe'.*no regular file"):
-        load_image(tmp_path / "pipe")
 
 
 # ---------------------------------------------------------------------------------------------- questions
@@ -487,27 +310,6 @@ def test_rows_of_any_shape_equal_themselves_alone(rows, slots):
 
 
 # ---------------------------------------------------------------------------------------------- processors
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"patch_size": 0}, "patch_size: got 0"),
-        ({"patch_size": "14"}, "patch_size: got '14'"),
-        ({"in_token_limit": -1}, "in_token_limit: got -1"),
-        ({"in_token_limit": True}, "in_token_limit: got True"),
-        ({"merge_kernel_size": [2]}, r"merge_kernel_size: got \[2\]"),
-        ({"merge_kernel_size": [0, 2]}, "merge_kernel_size"),
-        ({"merge_kernel_size": 2}, "merge_kernel_size: got 2"),
-        ({"image_mean": [0.5]}, r"image_mean: got \[0.5\]"),
-        ({"patchify": 5, "grid_of": "x"}, "grid_of, patchify: got a value for a method of the processor"),
-        ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean"),
-        ({"image_std": [0.5, 0.5, 0]}, "image_std"),
-    ],
-)
-def test_settings_of_the_image_processor_are_checked(settings, message):
-    with pytest.raises(ValueError, match=message):
-        LocateAnythingImageProcessor(**settings)
 
 
 def test_another_tokenizer_is_refused():
