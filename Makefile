@@ -56,7 +56,7 @@ lint: $(STAMP)
 	$(BIN)/python -c 'import upload_to_hub as u; print(*u.remote_code_files(), sep="\n")' | \
 		xargs -I{} ln -s {} $(TYPES)/remote_code/
 	MYPYPATH=$(TYPES) $(BIN)/mypy -p remote_code
-	$(BIN)/mypy locate.py upload_to_hub.py hub
+	$(BIN)/mypy locate.py upload_to_hub.py hub patch
 
 clean:
 	rm -rf .venv .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis located

@@ -27,8 +27,11 @@ class LocateAnythingConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def to_dict(self):
-        """The stock's config says in its dict, and so in its file, what attention it was loaded with."""
-        return {**super().to_dict(), "_attn_implementation": self._attn_implementation}
+        """The stock's config says in its dict what attention it was loaded with, and its dtype as torch's object."""
+        return {**super().to_dict(), "_attn_implementation": self._attn_implementation, "torch_dtype": torch.float32}
+
+    def to_diff_dict(self):
+        return {**super().to_diff_dict(), "torch_dtype": "float32"}
 
 
 class LocateAnythingForConditionalGeneration(PreTrainedModel):

@@ -289,7 +289,6 @@ def test_what_was_published_loads_as_printed_and_answers_the_goldens(hub, script
             if "from_pretrained" in line and not (name in ("default", "opt-in") and "AutoProcessor" in line)
         )
         for name, said in published.items()
-        if name in ("own", "code")
     }
     since = len(hub.requests)
     loader = script.start("-c", LOADER, token="", stdin=subprocess.PIPE)
@@ -300,7 +299,7 @@ def test_what_was_published_loads_as_printed_and_answers_the_goldens(hub, script
 
 
 def test_verify(hub, script, published):
-    for repo, *options in ((OWN,), (CODE,)):
+    for repo, *options in ((OWN,), (CODE,), *((BASE, "--revision", f"refs/pr/{n}") for n in (1, 2, 3))):
         assert "<box><750>" in script("verify", repo, *options)
     files = hub.repos[OWN].files()
     hub.repos[OWN].commit("main", {**files, "vision.py": b"raise SystemExit"})
