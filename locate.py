@@ -21,15 +21,18 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-from huggingface_hub.constants import HF_HOME
-from PIL import Image, ImageDraw, ImageFont
-from tqdm.auto import tqdm
+REMEDY = "It runs in the environment that `make demo` makes: source .venv/default/bin/activate"
+try:
+    from huggingface_hub.constants import HF_HOME
+    from PIL import Image, ImageDraw, ImageFont
+    from tqdm.auto import tqdm
 
-from hub.assembly import assemble, open_base, remote_code_files
-from hub.errors import HubError, explain
-from media import load_image
+    from hub.assembly import assemble, open_base, remote_code_files
+    from hub.errors import HubError, explain
+except ImportError as missing:
+    sys.exit(f"locate.py: {missing}. {REMEDY}")
 
 PROJECT = Path(__file__).resolve().parent
 DEMO_MODEL = PROJECT / "demo" / "checkpoint"
@@ -299,13 +302,19 @@ def main(argv: list[str] | None = None) -> int:
     queries = args.query or ([""] if args.task == "text" else DEMO_QUERIES)
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out: {args.out} is a file, expected a folder")
+    names = _file_names(sources)
+    overwritten = _overwritten(args.out, [*names, "results.json"], sources)
+    if overwritten is not None:
+        parser.error(
+            f"--out: {args.out} would take results where the picture {overwritten} is, expected another folder"
+        )
 
     if args.images and args.model is None:
         _complain("no --model: the demo checkpoint answers, which knows coloured shapes only")
     locator = Locator(args.model or str(DEMO_MODEL), args.device, args.dtype)
     errors: list[dict[str, str]] = []
     pictures: list[Picture] = []
-    rows = _rows(_read(sources, locator, errors), queries, args.task, pictures)
+    rows = _rows(_read(sources, names, locator, errors), queries, args.task, pictures)
     try:
         _answer(rows, locator, args, len(sources) * len(queries))
     except (ModelError, OSError, ValueError) as error:
@@ -421,20 +430,47 @@ def _answer(rows: Iterator[Row], locator: Locator, args: argparse.Namespace, tot
             bar.update(len(batch))
 
 
-def _read(sources: Sequence[str], locator: Locator, errors: list[dict[str, str]]) -> Iterator[Picture]:
-    """The pictures that can be used, one at a time; the others are reported by name."""
-    taken: set[str] = set()
+def _overwritten(out: Path, names: Sequence[str], sources: Sequence[str]) -> str | None:
+    """The first picture that lies in `out`, or that is one of `names` in it, by whatever path or link."""
+
+    def identities(path: str | Path) -> set[Any]:
+        found: set[Any] = {os.path.realpath(path).casefold()}  # some file systems do not tell a.png from A.PNG
+        with contextlib.suppress(OSError):
+            found.add((os.stat(path).st_dev, os.stat(path).st_ino))
+        return found
+
+    folder = identities(out)
+    written = set().union(*(identities(out / name) for name in names))
     for source in sources:
-        # A data URI is a picture, not a name
-        name = source[:40] + "..." if source.startswith("data:") else source
+        scheme, _, rest = source.partition(":")
+        if scheme.lower() in ("data", "http", "https"):
+            continue
+        plain = rest.removeprefix("//") if scheme.lower() == "file" else source
+        for path in (plain, unquote(plain)):
+            folders = identities(os.path.dirname(path) or ".") | identities(os.path.dirname(os.path.realpath(path)))
+            if folders & folder or identities(path) & written:
+                return source
+    return None
+
+
+def _read(
+    sources: Sequence[str], names: Sequence[str], locator: Locator, errors: list[dict[str, str]]
+) -> Iterator[Picture]:
+    """The pictures that can be used, one at a time and upright; the others are reported by name."""
+    from image_processing import load_image, shorten  # here and not above, as it brings torch
+
+    for source, file_name in zip(sources, names, strict=True):
+        # A data URI is a picture, not a name, and a URL may hold credentials
+        name = source[:40] + "..." if source[:5].lower() == "data:" else source
+        name = shorten(name)[1:-1] if "://" in name else name
         try:
-            image = load_image(source)
+            image = load_image(source, upright=True)
             locator.check(image.size, f"image {name!r}")
         except ValueError as error:
             _complain(str(error))
             errors.append({"image": name, "error": str(error)})
             continue
-        yield Picture(name, _file_name(source, taken), image, image.size)
+        yield Picture(name, file_name, image, image.size)
 
 
 def _rows(pictures: Iterable[Picture], queries: Sequence[str], task: str, seen: list[Picture]) -> Iterator[Row]:
@@ -447,15 +483,19 @@ def _rows(pictures: Iterable[Picture], queries: Sequence[str], task: str, seen: 
             yield Row(picture, query, build_question(task, [query] if query else []), number == len(queries))
 
 
-def _file_name(source: str, taken: set[str]) -> str:
-    """A PNG's name after the source's own, told apart from those already taken."""
-    stem = "image" if source.startswith("data:") else Path(urlsplit(source).path).stem or "image"
-    name, number = f"{stem}.png", 1
-    while name in taken:
-        number += 1
-        name = f"{stem}-{number}.png"
-    taken.add(name)
-    return name
+def _file_names(sources: Sequence[str]) -> list[str]:
+    """For each source a PNG's name after its own, told apart from the others', in lower case too."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for source in sources:
+        stem = "image" if source[:5].lower() == "data:" else Path(urlsplit(source).path).stem or "image"
+        name, number = f"{stem}.png", 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{stem}-{number}.png"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
 
 
 def _detections(row: dict[str, Any]) -> list[Detection]:
@@ -538,4 +578,7 @@ def _complain(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ImportError as missing:  # torch and transformers, which come late
+        sys.exit(f"locate.py: {missing}. {REMEDY}")

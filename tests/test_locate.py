@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -273,11 +274,82 @@ def test_many_labels_keep_apart_in_colour():
 
 
 def test_file_names_do_not_collide():
-    taken = set()
     encoded = "data:image/png;base64," + base64.b64encode(b"x").decode()
-    sources = ["a/photo.jpg", "b/photo.png", "https://host/x/photo.webp?size=big", encoded, "dir/"]
-    names = [locate._file_name(source, taken) for source in sources]
-    assert names == ["photo.png", "photo-2.png", "photo-3.png", "image.png", "dir.png"]
+    sources = ["a/photo.jpg", "b/Photo.png", "https://host/x/photo.webp?size=big", encoded, "dir/"]
+    assert locate._file_names(sources) == ["photo.png", "Photo-2.png", "photo-3.png", "image.png", "dir.png"]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "out"),
+    [
+        (["{}/a.png"], "{}"),
+        (["{}/a.png"], "{}/../pictures/."),
+        (["{}/b.jpg"], "{}"),  # whose a.png of an earlier run may be someone's picture
+        (["{}/b.jpg", "{}/a.png"], "{}/link"),
+        (["file://{}/a.png"], "{}"),
+        (["file://{}/a%2Epng"], "{}"),
+        (["{}/link/a.png"], "{}"),
+        (["{}/../elsewhere/a.png"], "{}/hard"),
+        (["{}/../elsewhere/a.png"], "{}/soft"),
+        (["{}/../elsewhere/../pictures/soft/A.PNG"], "{}/SOFT"),
+        (["https://host/c.png", "data:,x", "{}/a.png"], "{}"),
+    ],
+)
+def test_no_picture_is_overwritten(tmp_path, pictures, out, capsys, monkeypatch):
+    monkeypatch.setattr(Locator, "folder", property(lambda _: pytest.fail("the model is looked for")))
+    monkeypatch.setattr(locate, "_read", lambda *_: pytest.fail("pictures are read"))
+    folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    for path in (folder, elsewhere, folder / "hard", folder / "soft"):
+        path.mkdir()
+    for path in (folder / "a.png", folder / "b.jpg", elsewhere / "a.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    (folder / "link").symlink_to(folder)
+    (folder / "soft" / "a.png").symlink_to(elsewhere / "a.png")
+    (folder / "hard" / "a.png").hardlink_to(elsewhere / "a.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.???") if path.is_file()}
+    with pytest.raises(SystemExit) as caught:
+        main([*(picture.format(folder) for picture in pictures), "--query", "x", "--out", out.format(folder)])
+    assert caught.value.code == 2
+    assert "--out: " in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.???") if path.is_file()} == before
+
+
+def test_turned_photos_are_upright_in_all_that_is_written(tmp_path):
+    """A picture stored lying on its side gives the results of the same picture stored as it is seen."""
+    seen = Image.open(PICTURES / POINT[0]).convert("RGB")
+    seen = seen.crop((0, 0, seen.width, seen.height - 10))
+    seen.save(tmp_path / "seen.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    seen.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    code, results = run(tmp_path / "out", tmp_path / "seen.png", tmp_path / "turned.png", "--query", "red circle")
+    assert code == 0
+    first, second = results["images"]
+    assert (first["width"], first["height"]) == (second["width"], second["height"]) == seen.size
+    assert first["answers"] == second["answers"] and first["answers"][0]["detections"]
+    drawn = [Image.open(tmp_path / "out" / each["picture"]) for each in results["images"]]
+    assert drawn[0].tobytes() == drawn[1].tobytes()
+    assert drawn[0].width * seen.height == drawn[0].height * seen.width
+    assert not any(image.getexif() for image in drawn)
+
+
+def test_credentials_are_not_told(tmp_path, capfd):
+    code, results = run(tmp_path, "http://user:SECRET@127.0.0.1:1/x.png?token=SECRET", "--query", "red circle")
+    assert code == 1 and results is None
+    told = capfd.readouterr()
+    assert "127.0.0.1:1/x.png" in told.err and "SECRET" not in told.err + told.out
+
+
+@pytest.mark.parametrize("missing", ["huggingface_hub", "PIL", "torch"])
+def test_outside_of_its_environment_one_line_says_what_to_do(tmp_path, missing):
+    (tmp_path / missing).mkdir()
+    (tmp_path / missing / "__init__.py").write_text(f'raise ModuleNotFoundError("No module named {missing!r}")')
+    command = [sys.executable, str(PROJECT / "locate.py"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert missing in line and "make demo" in line and "source .venv/default/bin/activate" in line
 
 
 def test_table_has_a_line_for_everything():
