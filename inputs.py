@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from .configuration import LocateAnythingConfig
+from .configuration import WINDOW, LocateAnythingConfig
 from .generation import Row, RowSettings
 from .sampling import SamplingParameters
 from .vision import PATCHES_A_PASS, read_images
@@ -133,6 +133,10 @@ def read_settings(
     cap = min(cap, getattr(tokenizer, "model_max_length", cap))  # a processor knows no length
     rows, arguments = len(lengths), {name: value for name, value in arguments.items() if value is not None}
     arguments.pop("labels", None)  # of a batch for training
+    if not arguments.pop("use_cache", True):
+        raise ValueError("use_cache=False: LocateAnything's windows need the cache; leave it on.")
+    if arguments.pop("n_future_tokens", WINDOW) != WINDOW:
+        raise ValueError(f"n_future_tokens: this model predicts {WINDOW} tokens at a time.")
     argued = {name: _per_row(name, arguments.pop(name), rows) for name in _PER_ROW if name in arguments}
     sequences = arguments.pop("num_return_sequences", (given or model.generation_config).num_return_sequences or 1)
     check_number("num_return_sequences", sequences, whole=True, least=1)

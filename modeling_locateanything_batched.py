@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import (
@@ -37,7 +37,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 # 4.57 copies from a local folder only what the entry file itself imports: name every remote-code file here.
 from .attention import WindowAttention
-from .configuration import WINDOW, LocateAnythingConfig, MoonViTConfig, TokenRoles
+from .configuration import LocateAnythingConfig, MoonViTConfig, TokenRoles
 from .cuda_graphs import DecodeGraphs  # noqa: F401
 from .decoding import Acceptance  # noqa: F401
 from .generation import PHASES, GenerationLoop
@@ -64,7 +64,6 @@ logger = logging.get_logger(__name__)
 _TEXT_ARGUMENTS = {*inspect.signature(Qwen2ForCausalLM.forward).parameters, *TransformersKwargs.__optional_keys__}
 _TEXT_ARGUMENTS |= {"past_key_values", "cache_position", "return_dict"}  # of either line
 TEXT_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-VISION_LINEARS = ("wqkv", "wo", "mlp.fc0", "mlp.fc1")
 
 
 @dataclass
@@ -92,7 +91,7 @@ class LocateAnythingGenerateOutput(ModelOutput):
     accepted_by: torch.Tensor | None = None
 
 
-class LocateAnythingLanguageModel(Qwen2ForCausalLM):
+class LocateAnythingTextForCausalLM(Qwen2ForCausalLM):
     """Qwen2 that attends over the engine's slots too, and takes projected image features, as the stock's does."""
 
     def __init__(self, config: Any):
@@ -170,11 +169,7 @@ def _doubled(folder: Path) -> list[str]:
 class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTrainedModel, GenerationMixin):
     """MoonViT, a two-layer projector and Qwen2, with the official checkpoint's parameter names.
 
-    Args:
-        config: `LocateAnythingConfig`, or the stock's own class of that name.
-
-    Raises:
-        ValueError: a config that is not LocateAnything's (see `TokenRoles.of`).
+    config: `LocateAnythingConfig`, or the stock's own class of that name.
     """
 
     # of the kind that the decoder's own is: 5.x maps to what a weight is tied to, 4.57 lists what is tied
@@ -190,19 +185,18 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
             config._attn_implementation = None
         super().__init__(config)
         vision, hidden = config.vision_config, config.text_config.hidden_size
-        rows, columns = vision.merge_kernel_size
-        merged = vision.hidden_size * rows * columns
+        merged = vision.hidden_size * math.prod(vision.merge_kernel_size)
         self.vision_model = MoonViTModel(vision)
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(merged), nn.Linear(merged, hidden), nn.GELU(), nn.Linear(hidden, hidden)
         )
-        self.language_model = LocateAnythingLanguageModel(config.text_config)
-        # a checkpoint of the stock's fine-tuning; of the names it gives peft for the tower, only these exist there
+        self.language_model = LocateAnythingTextForCausalLM(config.text_config)
+        self.post_init()
+        # a checkpoint of the stock's fine-tuning
         if rank := getattr(config, "use_backbone_lora", 0):
-            self.wrap_backbone_lora(r=rank, lora_alpha=2 * rank, target_modules=["mlp.fc1"])
+            self.wrap_backbone_lora(r=rank, lora_alpha=2 * rank)
         if rank := getattr(config, "use_llm_lora", 0):
             self.wrap_llm_lora(r=rank, lora_alpha=2 * rank)
-        self.post_init()
 
     @property
     def text_model(self) -> Any:
@@ -240,21 +234,19 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
     # ---- the stock's calls for fine-tuning
 
     def wrap_llm_lora(self, **options: Any) -> None:
-        """Puts peft's LoRA adapters on the language model's linears, as the stock's fine-tuning scripts ask.
-
-        Args:
-            options: of peft's `LoraConfig`; r 128, lora_alpha 256 and lora_dropout 0.05 unless told.
-
-        Raises:
-            ImportError: peft is not installed.
-        """
+        """Puts peft's adapters on the language model, as the stock's scripts ask. options: of `LoraConfig`."""
         told = {"task_type": "CAUSAL_LM", "target_modules": [*TEXT_LINEARS], **options}
         self.language_model = _with_lora(self.language_model, told)
         self.language_model.enable_input_require_grads()
+        inside = "language_model.base_model.model"
+        tied = {f"{inside}.lm_head.weight": f"{inside}.model.embed_tokens.weight"}
+        self._tied_weights_keys: Any = type(self._tied_weights_keys)(tied)
+        if getattr(self, "all_tied_weights_keys", None):  # of 5.x
+            self.all_tied_weights_keys = tied
 
     def wrap_backbone_lora(self, **options: Any) -> None:
-        """The same on the vision tower's linears."""
-        self.vision_model = _with_lora(self.vision_model, {"target_modules": [*VISION_LINEARS], **options})
+        """The same on the vision tower: as in the stock, on `mlp.fc1` of its blocks unless `target_modules` tells."""
+        self.vision_model = _with_lora(self.vision_model, {"target_modules": ["mlp.fc1"], **options})
 
     def embed_prompt(
         self, input_ids: torch.Tensor, features: Sequence[torch.Tensor], shown: torch.Tensor | None = None
@@ -268,7 +260,7 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_grid_hws: torch.Tensor | np.ndarray | None = None,
+        image_grid_hws: torch.Tensor | None = None,
         # GenerationMixin looks for these names: without, it makes no mask, no positions, and logits of whole prompts
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -308,10 +300,7 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused, as are `generate_batch` and `continuous_batching_context_manager`."""
-        raise NotImplementedError(
-            "transformers' continuous batching feeds no images; model.generate(**inputs, max_batch_rows=…) refills "
-            "the places of finished rows."
-        )
+        raise NotImplementedError("transformers' continuous batching feeds no images; write model.generate(**inputs).")
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
@@ -340,8 +329,6 @@ def _with_lora(model: nn.Module, options: dict[str, Any]) -> Any:
 # GenerationMixin by name: without, AutoModel loads a class made of this one, whose models cannot be pickled
 class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditionalGeneration, GenerationMixin):
     """LocateAnything whose `generate` takes batches and predicts a window of tokens a forward."""
-
-    # ---- what the generation loop asks of a model
 
     def decode(self, embeddings: torch.Tensor, step: PrefillStep | DecodeStep, cache: SlotKVCache) -> torch.Tensor:
         """One packed pass of the decoder, `[T, hidden]` → `[T, hidden]`; keys and values go to the cache."""
@@ -374,7 +361,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_grid_hws: torch.Tensor | np.ndarray | None = None,
+        image_grid_hws: torch.Tensor | None = None,
         visual_features: Sequence[torch.Tensor] | torch.Tensor | None = None,
         generation_mode: str | Sequence[str] = "hybrid",
         verify_labels: bool | Sequence[bool] = False,
@@ -384,8 +371,6 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         decode_graphs: bool | None = None,
         tokenizer: Any | None = None,
         verbose: bool = False,
-        use_cache: bool = True,
-        n_future_tokens: int = WINDOW,
         **kwargs: Any,
     ) -> torch.Tensor | LocateAnythingGenerateOutput | str | list[str] | tuple:
         """Answers a batch of prompts; each row as the stock model would answer it alone.
@@ -414,19 +399,18 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             streamer: gets prompt and tokens of a single row.
             max_batch_rows: rows decoded at a time, 32 by default, or on CUDA as many as half of the free memory holds;
                 the others wait for a place.
-            decode_graphs: capture decode steps as CUDA graphs, at the first use of each shape in this call; by
-                default where the model is on one CUDA device. Where capture fails, steps run as they are.
-            tokenizer: given, the answer is text, as the stock's generate returns it (docs/stock-behaviour.md §6); but
-                with `stop_strings`, which need it too, the result is that of transformers.
-            verbose: with `tokenizer`, also the history and a line of statistics.
+            decode_graphs: capture decode steps as CUDA graphs; by default where the model is on one CUDA device.
+            tokenizer: given, the answer is text, as the stock's generate returns it (docs/stock-behaviour.md §6), with
+                `verbose` also its history and statistics; but with `stop_strings`, which need a tokenizer too, the
+                result is that of transformers.
 
         Returns:
             Without `tokenizer`: `[rows, L + new]` long, prompts padded on the left, answers with the pad token behind
             them, or a `LocateAnythingGenerateOutput` with `return_dict_in_generate=True`. An MTP step may pass the
             limit by up to five tokens; they stay, as in the stock. A row whose numbers are no longer finite ends
             there, and `row_errors`, or without the dict a warning, says so; other rows go on.
-            With `tokenizer`: the text of one row, or a list of texts; with `verbose=True` the tuple (text, history,
-            statistics), history being the (mode, text) of each forward.
+            With `tokenizer`: the text of one row, or a list of texts; with `verbose=True` (text, history, statistics),
+            history being the (mode, text) of each forward.
 
         Raises:
             ValueError: anything about the arguments that cannot work, before any image is encoded.
@@ -434,10 +418,6 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         started = time.perf_counter()
         if inputs is not None and input_ids is not None:
             raise ValueError("generate() got both inputs and input_ids; they are two names of one argument.")
-        if not use_cache:
-            raise ValueError("use_cache=False: LocateAnything's windows need the cache; leave it on.")
-        if n_future_tokens != WINDOW:
-            raise ValueError(f"n_future_tokens={n_future_tokens}: this model predicts {WINDOW} tokens at a time.")
         if verbose and tokenizer is None:
             raise ValueError("verbose=True returns texts and needs tokenizer=; got none.")
         if max_batch_rows is not None:

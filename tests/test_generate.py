@@ -460,7 +460,7 @@ def changed(batch: Batch, **kwargs):
         ({"max_length": 10}, "row 0: its prompt has .* length limit of 10"),
         ({"max_new_token": 5}, "unknown arguments: max_new_token. Did you mean 'max_new_tokens'"),
         ({"use_cache": False}, "use_cache=False"),
-        ({"n_future_tokens": 4}, "n_future_tokens=4"),
+        ({"n_future_tokens": 4}, "n_future_tokens: this model predicts 6"),
         ({"verbose": True}, "needs tokenizer="),
         ({"output_logits": True}, "output_logits=True"),
         ({"verify_labels": [True, False]}, "verify_labels has 2 values for 4 rows"),
