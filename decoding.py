@@ -1,14 +1,16 @@
 # Copyright 2026 The LocateAnything-batched authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Pure decoding rules: logits → probabilities → six tokens → accepted tokens and the row's next mode.
+"""Pure decoding rules: logits → probabilities → six tokens → accepted tokens and the row's next phase.
 
-No model, no loop, no state. Every rule is vectorised over rows and makes no device-to-host copy. The reference is
-decoding.md §3 (logits to tokens), §4 (tokens to accepted tokens) and §5 (the autoregressive step); for `verify`,
-speculative decoding (Leviathan et al. 2023; Chen et al. 2023) with the model's own windows as drafts.
+No model, no loop, no state. Every rule is vectorised over rows and copies nothing between host and device. The
+reference is decoding.md §3 (logits to tokens), §4 (tokens to accepted tokens) and §5 (the autoregressive step); for
+`verify`, speculative decoding (Leviathan et al. 2023; Chen et al. 2023) with the model's own windows as drafts.
 """
 
 from __future__ import annotations
 
+import functools
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -34,20 +36,27 @@ _SPREAD = 60  # hybrid: candidates at most this far apart (thousandths) are not 
 _NO_COORDINATE = 0  # hybrid: what an ambiguous coordinate becomes, so that §4's error rule fires
 
 
+class Phase(IntEnum):
+    """How a row's next tokens are accepted, and its accepted ones were (`accepted_by`)."""
+
+    MTP = 0  # up to six at once, from a window
+    AR = 1  # one, by next-token decoding
+    VERIFIED = 2  # a draft as far as next-token decoding confirms it; the window behind it is the next draft
+
+
 class Acceptance(NamedTuple):
     """What one step adds to each of R rows.
 
     tokens: `[R, 6]` long, or `[R, 11]` from `verify`, of which a row accepts the first `lengths` and keeps the next
-    `drafted` as its draft. lengths: `[R]` long, 1…6. autoregressive, verified: `[R]` bool, the row's next step is an
-    AR step, or one that verifies its draft. finished: `[R]` bool. drafted: `[R]` long, 0…5.
+    `drafted` as its draft. lengths: `[R]` long, 1…6. drafted: `[R]` long, 0…5. phase: `[R]` long, of the row's next
+    step. finished: `[R]` bool.
     """
 
     tokens: torch.Tensor
     lengths: torch.Tensor
-    autoregressive: torch.Tensor
-    verified: torch.Tensor
-    finished: torch.Tensor
     drafted: torch.Tensor
+    phase: torch.Tensor
+    finished: torch.Tensor
 
 
 class StockTopPLogitsWarper(LogitsProcessor):
@@ -69,22 +78,18 @@ class StockTopPLogitsWarper(LogitsProcessor):
 
 
 def stock_warpers(
-    *,
     repetition_penalty: float,
     temperature: float,
     top_p: float | None,
     top_k: int | None,
     between: LogitsProcessorList | None = None,
 ) -> LogitsProcessorList:
-    """Steps 1–4 of decoding.md §3, in the stock's order.
+    """Steps 1–4 of decoding.md §3, in the stock's order: `(input_ids [N, n], scores [N, V] float32) -> scores`.
 
     Args:
         repetition_penalty: 1.0 is none. temperature: 0 is greedy. top_p, top_k: None is none; both also apply to a
             greedy row, whose thresholds they change.
         between: a user's processors, run after the penalty and before the warpers, as transformers' generate does.
-
-    Returns:
-        Processors of `(input_ids [N, n], scores [N, V] float32) -> scores`.
     """
     warpers = LogitsProcessorList()
     if repetition_penalty != 1.0:
@@ -99,21 +104,13 @@ def stock_warpers(
     return warpers
 
 
-def draw(probabilities: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One draw per distribution, `[..., V] -> [...]` long: the numbers `Categorical(probs=p).sample()` would give.
+def draw(noise: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """One draw per distribution, `[..., V] -> [...]` long, by exponential noise of the same shape.
 
-    Written out because Categorical takes no generator, and because `torch.multinomial` asks the device whether it is
-    given probabilities, and refuses a whole batch for one row of NaN. Of NaN, the draw is any id.
-    """
-    noise = torch.empty(probabilities.shape, dtype=probabilities.dtype, device=probabilities.device)
-    return draw_with(noise.exponential_(generator=generator), probabilities)
-
-
-def draw_with(noise: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """The draw from `[..., V]` probabilities that exponential noise of the same shape makes: `[...]` long.
-
-    Where p / noise is largest is distributed as p, and it is how `torch.multinomial` draws. Two distributions that are
-    alike mostly agree under one noise.
+    Where p / noise is largest is distributed as p, and it is how `torch.multinomial` draws: with noise of the same
+    generator, these are the numbers `Categorical(probs=p).sample()` gives. Written out because Categorical takes no
+    generator, because `multinomial` asks the device whether it got probabilities and refuses a whole batch for one
+    row of NaN, and because two distributions that are alike mostly agree under one noise. Of NaN, it is any id.
     """
     normalised = probabilities / probabilities.sum(-1, keepdim=True)
     return normalised.div_(noise).argmax(-1)
@@ -149,8 +146,14 @@ def _empty_box(p: torch.Tensor, roles: TokenRoles) -> tuple[torch.Tensor, torch.
         & (p[:, 3, roles.null] > null3)
         & (p[:, 4, roles.null] > null4)
     )
-    tokens = [roles.box_start, roles.none, roles.box_end, roles.null, roles.null, roles.null]
-    return torch.tensor(tokens, device=p.device), holds
+    tokens = (roles.box_start, roles.none, roles.box_end, roles.null, roles.null, roles.null)
+    return _constant(tokens, p.device), holds
+
+
+@functools.lru_cache(maxsize=16)
+def _constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Copied to the device once, not at every step."""
+    return torch.tensor(values, device=device)
 
 
 def _box(p: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +204,7 @@ def accept_window(tokens: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles)
     broken = box & ~nothing & ~whole & ~point
 
     before_null = (tokens != roles.null).long().cumprod(-1).sum(-1)
-    last_two = tokens.gather(1, (before_null[:, None] + torch.tensor([-2, -1], device=tokens.device)).clamp(min=0))
+    last_two = tokens.gather(1, (before_null[:, None] - 2 + torch.arange(2, device=tokens.device)).clamp(min=0))
     twice_closed = (before_null >= 2) & (last_two == roles.ref_end).all(-1)
     count = before_null - twice_closed.long()
     count = torch.where(broken, torch.where(hybrid, 1 + leading, WINDOW), count)
@@ -210,7 +213,8 @@ def accept_window(tokens: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles)
     accepted = tokens.clone()
     accepted[:, 0] = first.masked_fill(ends, roles.end)
     accepted[:, 2] = tokens[:, 2].masked_fill(nothing, roles.box_end)
-    return _undrafted(accepted, count, broken & hybrid, ends)
+    phase = torch.where(broken & hybrid, Phase.AR, Phase.MTP)
+    return Acceptance(accepted, count, torch.zeros_like(count), phase, ends)
 
 
 def accept_next(token: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) -> Acceptance:
@@ -221,13 +225,18 @@ def accept_next(token: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) ->
     """
     closes = token == roles.box_end
     inside = _is_coordinate(token, roles) | (token == roles.none)
-    tokens = token[:, None].expand(-1, WINDOW)
     finished = torch.where(hybrid, ~closes & ~inside, token == roles.end)
-    return _undrafted(tokens, torch.ones_like(token), ~(hybrid & closes), finished)
+    phase = torch.where(hybrid & closes, Phase.MTP, Phase.AR)
+    return Acceptance(token[:, None], torch.ones_like(token), torch.zeros_like(token), phase, finished)
 
 
 def verify(
-    chosen: torch.Tensor, draft: torch.Tensor, drafted: torch.Tensor, window: torch.Tensor, roles: TokenRoles
+    chosen: torch.Tensor,
+    draft: torch.Tensor,
+    drafted: torch.Tensor,
+    window: torch.Tensor,
+    most: torch.Tensor,
+    roles: TokenRoles,
 ) -> Acceptance:
     """Keeps what next-token decoding would have said: the draft as far as it agrees, and one token more.
 
@@ -241,6 +250,7 @@ def verify(
             the draft, P ≤ 6. Columns after a row's `drafted` may hold anything.
         draft: `[R, P - 1]` long, of which the first `drafted`, `[R]` long, count.
         window: `[R, 6]` long, the rules' tokens for the window behind the draft.
+        most: `[R]` long. Of a row that would accept more, the rest is taken back; it goes on without a draft.
 
     Returns:
         Tokens `[R, 11]`; rows are finished where an end is accepted, the others go on verifying.
@@ -266,63 +276,39 @@ def verify(
 
     tokens = torch.where(place <= 0, chosen, torch.where(whole[:, None], extended, rest))
     ends = (tokens == roles.end) & (place <= 0)
-    finished = ends.any(-1)
-    lengths = torch.where(finished, ends.long().argmax(-1), held) + 1
-    drafted = torch.where(whole, in_window, drafted - held - 1).masked_fill(finished, 0)
-    return Acceptance(tokens, lengths, torch.zeros_like(finished), ~finished, finished, drafted)
-
-
-def accept_at_most(accepted: Acceptance, most: torch.Tensor) -> Acceptance:
-    """Of rows that `verify` gave more than `most`, `[R]` long, takes the rest back; they go on without a draft."""
-    cut = accepted.lengths > most
-    return accepted._replace(
-        lengths=accepted.lengths.minimum(most),
-        finished=accepted.finished & ~cut,
-        drafted=accepted.drafted.masked_fill(cut, 0),
-    )
+    lengths = torch.where(ends.any(-1), ends.long().argmax(-1), held) + 1
+    cut = lengths > most
+    finished = ends.any(-1) & ~cut
+    drafted = torch.where(whole, in_window, drafted - held - 1).masked_fill(finished | cut, 0)
+    return Acceptance(tokens, lengths.minimum(most), drafted, torch.full_like(lengths, Phase.VERIFIED), finished)
 
 
 def verify_label(accepted: Acceptance, wanted: torch.Tensor, roles: TokenRoles) -> Acceptance:
-    """Of rows whose labels are to be verified, takes back what a window said behind a `<ref>`: it becomes a draft.
-
-    Args:
-        accepted: of `accept_window`. wanted: `[R]` bool.
-
-    Returns:
-        The same, cut behind the first `<ref>` of rows that are wanted.
-    """
-    column = torch.arange(accepted.tokens.shape[1], device=wanted.device)
-    opens = (accepted.tokens == roles.ref_start) & (column < accepted.lengths[:, None])
-    opened = wanted & opens.any(-1) & ~accepted.finished
-    length = torch.where(opened, opens.long().argmax(-1) + 1, accepted.lengths)
-    return accepted._replace(lengths=length, verified=opened, drafted=accepted.lengths - length)
+    """Cuts what `accept_window` gave behind the first `<ref>` of rows that are `wanted`, `[R]` bool, to have their
+    labels verified: what the window said there becomes a draft."""
+    opened, length = _behind(roles.ref_start, accepted, wanted & ~accepted.finished)
+    phase = accepted.phase.masked_fill(opened, Phase.VERIFIED)
+    return accepted._replace(lengths=length, drafted=accepted.lengths - length, phase=phase)
 
 
 def leave_label(accepted: Acceptance, only_labels: torch.Tensor, roles: TokenRoles) -> Acceptance:
-    """Rows of which only labels are verified go on with windows behind a `</ref>`.
-
-    Args:
-        accepted: of `verify`. only_labels: `[R]` bool.
-
-    Returns:
-        The same, cut behind the first `</ref>` of those rows.
-    """
-    column = torch.arange(accepted.tokens.shape[1], device=only_labels.device)
-    closes = (accepted.tokens == roles.ref_end) & (column < accepted.lengths[:, None])
-    closed = only_labels & closes.any(-1)
-    length = torch.where(closed, closes.long().argmax(-1) + 1, accepted.lengths)
+    """Cuts what `verify` gave behind the first `</ref>` of rows of which `only_labels`, `[R]` bool, are verified: they
+    go on with windows."""
+    closed, length = _behind(roles.ref_end, accepted, only_labels)
     return accepted._replace(
         lengths=length,
-        verified=accepted.verified & ~closed,
-        finished=accepted.finished & ~closed,
         drafted=accepted.drafted.masked_fill(closed, 0),
+        phase=accepted.phase.masked_fill(closed, Phase.MTP),
+        finished=accepted.finished & ~closed,
     )
 
 
-def _undrafted(
-    tokens: torch.Tensor, lengths: torch.Tensor, autoregressive: torch.Tensor, finished: torch.Tensor
-) -> Acceptance:
-    return Acceptance(tokens, lengths, autoregressive, torch.zeros_like(finished), finished, torch.zeros_like(lengths))
+def _behind(token: int, accepted: Acceptance, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of `rows`, `[R]` bool, accept the token, and `[R]` the lengths of rows cut behind it."""
+    column = torch.arange(accepted.tokens.shape[1], device=rows.device)
+    there = (accepted.tokens == token) & (column < accepted.lengths[:, None])
+    found = rows & there.any(-1)
+    return found, torch.where(found, there.long().argmax(-1) + 1, accepted.lengths)
 
 
 def _is_coordinate(ids: torch.Tensor, roles: TokenRoles) -> torch.Tensor:

@@ -1,27 +1,54 @@
 # Copyright 2026 The LocateAnything-batched authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The KV cache: one slot per row, written in place; and what each token of a forward pass sees of it.
+"""The KV cache: one slot per row, written in place; what a forward pass sees of it, and what rows share.
 
 A forward pass is packed: its T tokens of all rows lie side by side, `[1, T, hidden]`, and nothing is padding. A
-`PrefillStep` appends stretches of prompts; a `DecodeStep` feeds every row's pending tokens and, but for rows in AR
-mode, a window of six after them (decoding.md §2). A step tells the cache where to write and gives the attention its
-queries, keys and visibility.
+`PrefillStep` appends chunks of prompts; a `DecodeStep` feeds every row's pending tokens and, but for rows in phase AR,
+a window of six after them (decoding.md §2). A step says where keys and values are written and who sees what of them;
+`WindowAttention` attends by it. Rows that ask about the same picture begin alike: what a slot holds of an entering
+row's prompt is copied (`share_prefixes`), and only the rest is computed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
 
 from .configuration import WINDOW
+from .decoding import Phase
 
 # Keys are attended in multiples of this, so that few shapes occur and masks stay aligned.
 KEY_BLOCK = 64
+
+# A copy also costs a pass of its own for the rest, so little is not worth sharing.
+WORTH_TOKENS = 16
+WORTH_SHARE = 0.25
+
+
+class State(IntEnum):
+    """The columns of what the device knows of each slot's row in a step, `[slots, WIDTH]` long.
+
+    How many tokens the row has, how many of them are cached, how many the draft behind them has; its phase; whether
+    its mode is "hybrid", and whether only its labels are verified; and from PENDING on six tokens, those that are not
+    cached first. ORDER has nothing to do with the slot: it lists the slots as the rules take them.
+    """
+
+    ORDER, COMMITTED, CACHED, DRAFTED, PHASE, HYBRID, LABELS, PENDING = range(8)
+    WIDTH = PENDING + WINDOW
+
+    @classmethod
+    def empty(cls) -> list[int]:
+        """Of a slot without a row: nothing is pending, and there is no window."""
+        return [Phase.AR if column == cls.PHASE else 0 for column in range(cls.WIDTH)]
 
 
 def round_up(n: int, multiple: int = KEY_BLOCK) -> int:
@@ -36,202 +63,144 @@ def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.zeros(math.prod(shape) * like.itemsize, np.uint8)).view(like.dtype).view(shape)
 
 
-class SlotLayer(CacheLayerMixin):
-    """Keys and values of one decoder layer, `[slots, kv_heads, capacity, head_dim]`, allocated at the first write."""
-
-    def __init__(self, slots: int, capacity: int):
-        super().__init__()
-        self.slots, self.capacity = slots, capacity
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
-        _, heads, _, head_dim = key_states.shape
-        # Zeros, not empty: a masked key still meets its value as 0 × value, which must not be NaN. The last place, for
-        # cells that no row uses, lies behind all that anybody attends to.
-        shape = (self.slots, heads, self.capacity + 1, head_dim)
-        self.keys, self.values = zeros(shape, key_states), zeros(shape, key_states)
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, step, *args, **kwargs):
-        """Writes `[1, kv_heads, T, head_dim]` where `step` says; returns the layer's whole keys and values."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states)
-        self.keys[step.slots, :, step.offsets] = key_states.squeeze(0).transpose(0, 1)
-        self.values[step.slots, :, step.offsets] = value_states.squeeze(0).transpose(0, 1)
-        return self.keys, self.values
-
-    def get_seq_length(self, *args) -> int:
-        return 0  # rows have lengths of their own, which the loop keeps
-
-    def get_max_length(self) -> int:
-        return self.capacity
-
-    def get_max_cache_shape(self) -> int:
-        return self.capacity
-
-    def get_mask_sizes(self, *args) -> tuple[int, int]:
-        return self.capacity, 0
-
-
-class SlotKVCache(Cache):
-    """A transformers `Cache` whose batch dimension is slots that rows enter and leave between steps.
+class SlotKVCache:
+    """Keys and values of rows that enter and leave slots between steps.
 
     Args:
         layers: decoder layers. slots: rows held at a time. capacity: tokens a slot has room for.
+
+    Attributes:
+        layers: per layer `[2, slots, kv_heads, places, head_dim]`, keys and values, made at the layer's first write:
+            zeros, for a masked key still meets its value as 0 × value, which must not be NaN. A slot's last place, for
+            cells that no row uses, lies behind all that anybody attends to.
     """
 
     def __init__(self, layers: int, slots: int, capacity: int):
-        super().__init__(layers=[SlotLayer(slots, round_up(capacity)) for _ in range(layers)])
+        self.slots, self.places = slots, round_up(capacity) + 1
+        self.layers: list[torch.Tensor | None] = [None] * layers
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, step: PrefillStep | DecodeStep):
+        """Writes `[1, kv_heads, T, head_dim]` where `step` says; returns the layer's whole keys and values."""
+        held = self.layers[layer]
+        if held is None:
+            _, heads, _, head_dim = key.shape
+            held = self.layers[layer] = zeros((2, self.slots, heads, self.places, head_dim), key)
+        keys, values = held
+        keys[step.slots, :, step.offsets] = key.squeeze(0).transpose(0, 1)
+        values[step.slots, :, step.offsets] = value.squeeze(0).transpose(0, 1)
+        return keys, values
+
+    def held(self) -> list[torch.Tensor]:
+        return [layer for layer in self.layers if layer is not None]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` tokens of slot `source` to slot `target`."""
-        for layer in self.layers:
-            layer.keys[target, :, :length] = layer.keys[source, :, :length]
-            layer.values[target, :, :length] = layer.values[source, :, :length]
-
-    def is_finite(self, slot: int, length: int) -> bool:
-        """Whether the first `length` places hold numbers only. NaN in a token's pass reaches the last layer."""
-        last = self.layers[-1]
-        return bool(last.keys[slot, :, :length].isfinite().all() and last.values[slot, :, :length].isfinite().all())
+        """Copies the first `length` places of slot `source` to slot `target`."""
+        for layer in self.held():
+            layer[:, target, :, :length] = layer[:, source, :, :length]
 
     def clear(self, slot: int, start: int, stop: int) -> None:
         """Zeroes places of a slot, so that nothing of its last row, NaN say, reaches the next one."""
-        for layer in self.layers if start < stop else ():
-            layer.keys[slot, :, start:stop] = 0
-            layer.values[slot, :, start:stop] = 0
+        for layer in self.held() if start < stop else ():
+            layer[:, slot, :, start:stop] = 0
+
+    def is_finite(self, slot: int, length: int) -> bool:
+        """Whether the first `length` places hold numbers only. NaN in a token's pass reaches the last layer."""
+        return bool(self.held()[-1][:, slot, :, :length].isfinite().all())
 
 
-@dataclass
-class Stretch:
-    """Consecutive prompt tokens of one row in a prefill pass: `length` tokens behind the slot's first `cached`."""
+@dataclass(frozen=True)
+class PromptChunk:
+    """Tokens `start` … `stop` - 1 of the row in `slot`, behind `start` ones that are cached when it is computed.
+
+    donor: the slot that these are copied from, if another one.
+    """
 
     slot: int
-    cached: int
-    length: int
+    start: int
+    stop: int
+    donor: int | None = None
 
 
 class PrefillStep:
-    """Appends stretches of prompts, packed in the given order; attention is causal in each row.
+    """Appends chunks of prompts, packed in the given order; attention is causal in each row.
 
     Attributes:
         slots, offsets: `[T]` long, where each token's keys and values are written.
-        positions: `[1, T]` long.
+        positions: `[1, T]` long. bounds: `[chunks + 1]` int32, where chunks begin and end.
     """
 
-    def __init__(self, stretches: list[Stretch], device: torch.device):
-        self.stretches = stretches
-        offsets = [i for s in stretches for i in range(s.cached, s.cached + s.length)]
-        slots = [s.slot for s in stretches for _ in range(s.length)]
+    def __init__(self, chunks: list[PromptChunk], device: torch.device):
+        self.chunks = chunks
+        offsets = [place for chunk in chunks for place in range(chunk.start, chunk.stop)]
+        slots = [chunk.slot for chunk in chunks for _ in range(chunk.start, chunk.stop)]
         self.slots, self.offsets = torch.tensor([slots, offsets], device=device)
-
-    @property
-    def positions(self) -> torch.Tensor:
-        return self.offsets.unsqueeze(0)
+        self.positions = self.offsets.unsqueeze(0)
+        self.lengths = [chunk.stop - chunk.start for chunk in chunks]
+        self.bounds = torch.tensor([0, *self.lengths], device=device).cumsum(0, dtype=torch.int32)
 
     def to(self, device: torch.device, **kwargs) -> PrefillStep:
         """accelerate calls this before each layer, which may live on another device."""
-        return self if device == self.slots.device else PrefillStep(self.stretches, device)
+        return self if device == self.slots.device else PrefillStep(self.chunks, device)
 
-    def pieces(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
-        """What attends to what: yields (span, q, k, v, mask), the span in packed tokens.
-
-        query: `[1, heads, T, D]`; keys, values: the layer's, `[slots, kv_heads, capacity, D]`. q is
-        `[kv_heads, group, L, D]`; k and v `[kv_heads, group, K, D]`, expanded without a copy. mask is None where
-        plain causal attention is meant (nothing cached before), else `[L, K]` bool, True = visible.
-        """
-        grouped = query.squeeze(0).unflatten(0, (keys.shape[1], -1))  # [kv_heads, group, T, D]
-        start = 0
-        for stretch in self.stretches:
-            span = slice(start, start + stretch.length)
-            end = stretch.cached + stretch.length
-            k, v = (x[stretch.slot, :, :end].unsqueeze(1).expand(-1, grouped.shape[1], -1, -1) for x in (keys, values))
+    def attend(self, query, keys, values, scaling: float, implementation: str) -> torch.Tensor:
+        """query: `[1, heads, T, D]`; keys, values: a layer's cache. Returns `[1, T, heads, D]`."""
+        output = torch.empty_like(query.transpose(1, 2))
+        queries = query.squeeze(0).unflatten(0, (keys.shape[1], -1)).split(self.lengths, 2)  # [kv_heads, group, L, D]
+        for chunk, q, out in zip(self.chunks, queries, output[0].split(self.lengths), strict=True):
+            # expanded, not copied, to the query heads
+            k, v = (x[chunk.slot, :, None, : chunk.stop].expand(-1, q.shape[1], -1, -1) for x in (keys, values))
             mask = None
-            if stretch.cached:
-                reach = torch.arange(stretch.cached, end, device=query.device)
-                mask = torch.arange(end, device=query.device) <= reach[:, None]
-            yield span, grouped[:, :, span], k, v, mask
-            start = span.stop
+            if chunk.start:
+                places = torch.arange(chunk.stop, device=query.device)
+                mask = places <= places[chunk.start :, None]
+            out.copy_(_attend(q, k, v, mask, scaling, implementation).flatten(0, 1).transpose(0, 1))
+        return output
 
 
 class DecodeStep:
     """One decode pass over the rows in slots 0 … R-1: pending tokens, then a window for each row that has one.
 
     The grid of a step is `[R, Q]`: columns 0 … P-1 hold pending tokens (from the left), the last six, if any row has
-    one, the window. A row's draft, tokens that are yet to be verified, is pending behind its committed tokens. Logits
-    are read at the six places of a window; at the last pending token of a row without one; and where a draft is
-    verified, at the last committed token and behind each of the draft too.
+    one, the window. A row's draft is pending behind its committed tokens.
 
     A window's keys go to the places right after the pending tokens, where the next step's pending tokens overwrite
     them; until then the mask hides them from everybody but the window. So it is with a draft's that did not hold.
 
     Args:
-        committed: `[R]` long, tokens of each row (decoding.md's n). cached: `[R]` long, how many the cache holds.
-        drafted: `[R]` long, how many follow the committed ones. autoregressive: `[R]` bool, rows without a window.
-        verified: `[R]` bool, rows whose logits are also read at pending tokens.
-        pending: the largest `committed + drafted - cached`. windows: whether any row has one.
-        longest: the largest index written, plus one.
-        packed: cells that a row does not use are left out. Otherwise the whole grid is computed and every row has as
-            many lines of logits: shapes then follow from the arguments alone, without a device-to-host copy.
-        all_lines: if not packed, whether every cell is read; needed where any row is verified.
+        state: `[R, WIDTH]` long, see `State`. pending: P, at least the most that a row has. windows: whether any has
+            one. longest: the largest place written, plus one.
+        packed: cells that a row does not use are left out. Otherwise the whole grid is computed: shapes then follow
+            from the arguments alone, without a device-to-host copy.
 
     Attributes:
         slots, offsets, masked: `[T]`, of each fed token: where it is written, and whether the mask token is fed.
-        positions: `[1, T]`. lines: `[N]`, the fed tokens whose logits are read, row by row.
-        visible: `[R, Q, K]` bool.
+        positions: `[1, T]`. visible: `[R, Q, K]` bool.
     """
 
-    def __init__(
-        self,
-        committed: torch.Tensor,
-        cached: torch.Tensor,
-        drafted: torch.Tensor,
-        autoregressive: torch.Tensor,
-        verified: torch.Tensor,
-        *,
-        pending: int,
-        windows: bool,
-        longest: int,
-        packed: bool = True,
-        all_lines: bool = False,
-    ):
-        device = committed.device
-        rows = committed.shape[0]
-        width = pending + WINDOW * windows
+    def __init__(self, state: torch.Tensor, *, pending: int, windows: bool, longest: int, packed: bool = True):
+        device, rows, width = state.device, len(state), pending + WINDOW * windows
         self.shape = (rows, width)
-        n, c = (committed + drafted)[:, None], cached[:, None]
-        ar = autoregressive[:, None]
+        n = (state[:, State.COMMITTED] + state[:, State.DRAFTED])[:, None]
 
-        fed = c + torch.arange(pending, device=device)  # [R, P]
-        last = (committed[:, None] - c - 1).clamp(min=0)  # column of a row's last committed token
+        fed = state[:, State.CACHED, None] + torch.arange(pending, device=device)  # [R, P]
         offsets, positions, valid = fed, fed, fed < n
-        if windows:
-            slot_of_window = torch.arange(WINDOW, device=device)
-            offsets = torch.cat([offsets, n + slot_of_window], 1)
-            positions = torch.cat([positions, n - 1 + slot_of_window], 1)
-            valid = torch.cat([valid, ~ar.expand(-1, WINDOW)], 1)
-
         # Pending token i sees keys 0 … i. A window slot sees 0 … n-2 and the window; never n-1, which slot 0 repeats.
         key = torch.arange(round_up(longest), device=device)
         visible = key <= fed[..., None]
         if windows:
+            slot = torch.arange(WINDOW, device=device)
+            offsets, positions = torch.cat([offsets, n + slot], 1), torch.cat([positions, n - 1 + slot], 1)
+            valid = torch.cat([valid, (state[:, State.PHASE, None] != Phase.AR).expand(-1, WINDOW)], 1)
             window = (key < n - 1) | ((key >= n) & (key < n + WINDOW))
             visible = torch.cat([visible, window[:, None].expand(-1, WINDOW, -1)], 1)
-        # A cell nobody uses sees key 0, for a query that sees nothing would be NaN.
+        # A cell nobody uses sees key 0, for a query that sees nothing would be NaN; it writes to its slot's last one
         self.visible = torch.where(valid[..., None], visible, key == 0)
+        offsets = torch.where(valid, offsets, -1)
         self._mask: torch.Tensor | None = None
 
-        cells = torch.arange(rows * width, device=device)
+        self.kept = torch.arange(rows * width, device=device)
         if packed:
-            self.kept = cells[valid.flatten()]
-            column = torch.arange(width, device=device)
-            read = (column >= pending) | ((ar | verified[:, None]) & (column >= last))
-            self.lines = (valid.flatten().long().cumsum(0) - 1)[(read & valid).flatten()]
-        else:
-            self.kept = self.lines = cells
-            if not all_lines:
-                read = torch.where(ar, last, pending + slot_of_window) if windows else last  # [R, 6 or 1]
-                self.lines = (read + width * torch.arange(rows, device=device)[:, None]).flatten()
-            # an unused cell writes to its slot's last place, which nobody attends to
-            offsets = torch.where(valid, offsets, -1)
+            self.kept = self.kept[valid.flatten()]
         self.slots = self.kept // width
         self.offsets = offsets.flatten()[self.kept]
         self.positions = positions.flatten()[self.kept].unsqueeze(0)
@@ -271,3 +240,142 @@ class DecodeStep:
             hidden.masked_fill_(~self.visible, float("-inf"))
             self._mask = hidden.unsqueeze(1).repeat(1, group, 1, 1).flatten(1, 2).unsqueeze(1)
         return self._mask
+
+    def attend(self, query, keys, values, scaling: float, implementation: str) -> torch.Tensor:
+        """query: `[1, heads, T, D]`; keys, values: a layer's cache. Returns `[1, T, heads, D]`.
+
+        The query heads that share a key head are laid side by side as queries of that head, so that K and V are read
+        as they lie in the cache.
+        """
+        (rows, width), length = self.shape, self.visible.shape[-1]
+        grid = self.to_grid(query.squeeze(0).transpose(0, 1))  # [R, Q, heads, D]
+        grouped = grid.unflatten(2, (keys.shape[1], -1)).permute(0, 2, 3, 1, 4)  # [R, kv_heads, group, Q, D]
+        group = grouped.shape[2]
+        mask = self.mask(query.dtype, group)
+        k, v = keys[:rows, :, :length], values[:rows, :, :length]
+        attended = _attend(grouped.flatten(2, 3), k, v, mask, scaling, implementation)
+        attended = attended.unflatten(2, (group, width)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [R, Q, heads, D]
+        return self.from_grid(attended).unsqueeze(0)
+
+
+class WindowAttention(Qwen2Attention):
+    """Qwen2Attention that, given a `step` and a `slot_cache`, attends over the latter; else transformers' own."""
+
+    def forward(self, hidden_states, position_embeddings, *args, step=None, slot_cache=None, **kwargs):
+        """hidden_states: `[1, T, hidden]` packed if `step` is given; else everything is Qwen2Attention's."""
+        if step is None:
+            return super().forward(hidden_states, position_embeddings, *args, **kwargs)
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        # under autocast the rotation comes out wider than the values
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        keys, values = slot_cache.update(key, value, self.layer_idx, step)
+
+        implementation = self.config._attn_implementation or "sdpa"
+        if "flash" in implementation and isinstance(step, PrefillStep) and not any(c.start for c in step.chunks):
+            attended = self.flash_prefill(query, key, value, step)
+        else:
+            attended = step.attend(query, keys, values, self.scaling, implementation)
+        return self.o_proj(attended.flatten(2)), None
+
+    def flash_prefill(self, query, key, value, step: PrefillStep) -> torch.Tensor:
+        """Whole prompts in one varlen call of the flash kernel that transformers found."""
+        attended, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
+            self,
+            query,
+            key,
+            value,
+            attention_mask=None,
+            dropout=0.0,
+            scaling=self.scaling,
+            cu_seq_lens_q=step.bounds,
+            cu_seq_lens_k=step.bounds,
+            max_length_q=max(step.lengths),
+            max_length_k=max(step.lengths),
+            is_causal=True,
+        )
+        return attended
+
+
+def _attend(q, k, v, mask, scaling, implementation):
+    """softmax(q kᵀ · scaling) v over the last two dimensions; mask is bool or additive, or None: causal."""
+    if implementation != "eager":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    scores = (q @ k.transpose(-1, -2)).float() * scaling
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1).to(q.dtype) @ v
+
+
+# ---- the prefix cache: what of entering rows' prompts another slot holds already. Pure planning
+
+
+def content_of(tokens: list[int], image_token: int, images: list[int], lengths: list[int]) -> np.ndarray:
+    """`[n]` int64 that is equal where two rows are: token ids, image slots replaced by which image they show.
+
+    Args:
+        images: identity of each of the row's images, in order. lengths: image tokens of each.
+    """
+    content = np.asarray(tokens, dtype=np.int64)
+    shown = np.repeat(-1 - np.asarray(images, dtype=np.int64), lengths)
+    # an answer that is cached again may hold the image token as a mere word
+    content[np.flatnonzero(content == image_token)[: len(shown)]] = shown
+    return content
+
+
+def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    """How many elements two arrays share from the start."""
+    length = min(len(one), len(other))
+    differs = np.flatnonzero(one[:length] != other[:length])
+    return int(differs[0]) if len(differs) else length
+
+
+def share_prefixes(
+    entering: Mapping[int, np.ndarray], residents: Mapping[int, np.ndarray]
+) -> tuple[list[PromptChunk], list[PromptChunk]]:
+    """Splits entering rows into those computed whole and those that share.
+
+    Args:
+        entering: contents of the tokens to be cached, by slot. residents: contents that slots hold now, a slot's
+            last row included after it has left.
+
+    Returns:
+        (first, second): rows of `second` copy from slots that hold the donor's content once `first` is computed.
+    """
+    first: list[PromptChunk] = []
+    second: list[PromptChunk] = []
+    # a resident's slot that somebody enters is overwritten, so it can give to that slot only
+    staying = {slot: content for slot, content in residents.items() if slot not in entering}
+    computed: dict[int, np.ndarray] = {}
+    for slot, content in entering.items():
+        donors = {**staying, **computed}
+        if slot in residents:
+            donors[slot] = residents[slot]
+        shared, donor = max(((common_prefix(content, held), giver) for giver, held in donors.items()), default=(0, -1))
+        if shared >= WORTH_TOKENS and shared >= WORTH_SHARE * len(content):
+            second.append(PromptChunk(slot, shared, len(content), donor))
+            if donor == slot:
+                computed[slot] = content[:shared]  # stays where it is, so others may copy it too
+        else:
+            first.append(PromptChunk(slot, 0, len(content)))
+            computed[slot] = content
+    return first, second
+
+
+def in_passes(chunks: list[PromptChunk], budget: int) -> Iterator[list[PromptChunk]]:
+    """Chunks in groups of at most `budget` tokens to compute, one chunk at least."""
+    group: list[PromptChunk] = []
+    tokens = 0
+    for chunk in chunks:
+        new = chunk.stop - chunk.start
+        if group and tokens + new > budget:
+            yield group
+            group, tokens = [], 0
+        group.append(chunk)
+        tokens += new
+    if group:
+        yield group

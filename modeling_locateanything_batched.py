@@ -36,11 +36,10 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 # 4.57 copies from a local folder only what the entry file itself imports: name every remote-code file here.
-from .attention import WindowAttention
 from .configuration import LocateAnythingConfig, MoonViTConfig, TokenRoles
 from .cuda_graphs import DecodeGraphs  # noqa: F401
-from .decoding import Acceptance  # noqa: F401
-from .generation import PHASES, GenerationLoop
+from .decoding import Phase  # noqa: F401
+from .generation import GenerationLoop
 from .grounding import DegenerateAnswerCriteria
 from .inputs import (
     PromptFeatures,
@@ -53,8 +52,7 @@ from .inputs import (
     side_by_side,
     texts_of,
 )
-from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
-from .prefill import Entry  # noqa: F401
+from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, WindowAttention
 from .sampling import Sampler  # noqa: F401
 from .vision import ImageFeatures, MoonViTModel, place_of
 
@@ -79,7 +77,7 @@ class LocateAnythingGenerateOutput(ModelOutput):
             and whether its image features or a logits processor did it. The tokens before it are in `sequences`.
         token_log_probs: with `output_scores=True`, `[rows, new]` float32: log-probability of each token of the
             answers, under the distribution it was accepted from, after penalties and filters. NaN on padding.
-        accepted_by: with `output_scores=True`, `[rows, new]` long, an index into `PHASES`: 0 "mtp" from a window, 1
+        accepted_by: with `output_scores=True`, `[rows, new]` long, a `Phase` of decoding.py: 0 "mtp" from a window, 1
             "ar" by next-token decoding, 2 "verified" by next-token decoding of a draft. -1 on padding.
     """
 
@@ -472,13 +470,12 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         output = LocateAnythingGenerateOutput(
             sequences=sequences,
             row_forwards=torch.tensor([row.forwards for row in rows], device=place),
-            finish_reasons=[getattr(row, "finish_reason", None) for row in rows],
+            finish_reasons=[row.finish_reason for row in rows],
             row_errors=errors,
         )
         if call.config.output_scores:
-            phases = [[PHASES.index(phase) for phase in row.phases] for row in rows]
             output.token_log_probs = side_by_side([row.scores for row in rows], float("nan"), torch.float32, place)
-            output.accepted_by = side_by_side(phases, -1, torch.long, place)
+            output.accepted_by = side_by_side([row.phases for row in rows], -1, torch.long, place)
         return output
 
 

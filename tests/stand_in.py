@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2Fo
 
 from locateanything.configuration import LocateAnythingConfig as DropInConfig
 from locateanything.configuration import MoonViTConfig
-from locateanything.decoding import accept_next, accept_window, draw, stock_warpers, window_tokens
+from locateanything.decoding import Phase, accept_next, accept_window, stock_warpers, window_tokens
 from locateanything.vision import MoonViTModel
 
 
@@ -89,7 +89,7 @@ class LocateAnythingForConditionalGeneration(PreTrainedModel):
             logits = self.logits_of(tokens, features, roles, windowed=not autoregressive)
             ids = torch.tensor([tokens]).expand(len(logits), -1)
             p = stock_warpers(**recipe)(ids, logits).softmax(-1).unsqueeze(0)
-            x = draw(p) if recipe["temperature"] > 0 else p.argmax(-1)
+            x = torch.distributions.Categorical(probs=p).sample() if recipe["temperature"] > 0 else p.argmax(-1)
             if autoregressive:
                 accepted = accept_next(x[:, 0], hybrid, roles)
             else:
@@ -98,8 +98,8 @@ class LocateAnythingForConditionalGeneration(PreTrainedModel):
             finished = bool(accepted.finished)
             # the step that ends an autoregressive stretch for good counts as the other kind, as in the stock
             history.append(("ar" if autoregressive and not finished else "mtp", tokenizer.decode(new)))
-            switches += bool(accepted.autoregressive) and not autoregressive
-            tokens, autoregressive = tokens + new, bool(accepted.autoregressive)
+            switches += accepted.phase == Phase.AR and not autoregressive
+            tokens, autoregressive = tokens + new, accepted.phase == Phase.AR
         text = tokenizer.decode(tokens[start:], skip_special_tokens=False)
         if not kwargs.get("verbose", False):
             return text

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from locateanything.configuration import TokenRoles
 from locateanything.decoding import (
     Acceptance,
+    Phase,
     StockTopPLogitsWarper,
-    accept_at_most,
     accept_next,
     accept_window,
     draw,
-    draw_with,
     leave_label,
     stock_warpers,
     verify,
@@ -275,7 +274,7 @@ def test_what_a_window_accepts(tokens, accepted, then, hybrid):
         accepted, then = tokens, "mtp"
     assert got == accepted
     assert result.finished[1].item() == (then == "finished")
-    assert result.autoregressive[1].item() == (then == "broken")
+    assert result.phase[1] == (Phase.AR if then == "broken" else Phase.MTP)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +296,7 @@ def test_what_a_window_accepts(tokens, accepted, then, hybrid):
 def test_what_follows_a_next_token(token, hybrid, autoregressive, finished):
     result = accept_next(torch.tensor([token]), torch.tensor([hybrid]), ROLES)
     assert result.tokens[0, 0] == token and result.lengths[0] == 1
-    assert result.autoregressive[0].item() == autoregressive
+    assert result.phase[0] == (Phase.AR if autoregressive else Phase.MTP)
     assert result.finished[0].item() == finished
 
 
@@ -335,11 +334,11 @@ def test_every_window_of_every_kind_of_token():
     for hybrid in (True, False):
         result = accept_window(tokens, torch.full((len(windows),), hybrid), ROLES)
         rows = zip(windows, *(each.tolist() for each in result), strict=True)
-        for window, accepted, length, autoregressive, verified, finished, drafted in rows:
+        for window, accepted, length, drafted, phase, finished in rows:
             expected, then = window_by_hand(window, hybrid)
             assert accepted[:length] == expected, window
-            assert (autoregressive, finished) == (then == "broken", then == "finished"), window
-            assert not verified and not drafted
+            assert (phase, finished) == (Phase.AR if then == "broken" else Phase.MTP, then == "finished"), window
+            assert not drafted
     assert tokens.tolist() == windows, "the tokens are the caller's"
 
 
@@ -347,11 +346,12 @@ def test_what_follows_any_next_token():
     tokens = [*range(90, 110), *range(ROLES.coord_start - 2, ROLES.coord_end + 3)]
     for hybrid in (True, False):
         result = accept_next(torch.tensor(tokens), torch.full((len(tokens),), hybrid), ROLES)
-        assert (result.tokens[:, 0].tolist(), result.tokens.shape[1]) == (tokens, 6)
-        assert result.lengths.tolist() == [1] * len(tokens) and not result.verified.any() and not result.drafted.any()
+        assert result.tokens.tolist() == [[token] for token in tokens]
+        assert result.lengths.tolist() == [1] * len(tokens) and not result.drafted.any()
         goes_on = {END_BOX, NONE, *range(ROLES.coord_start, ROLES.coord_end + 1)} if hybrid else {*tokens} - {END}
         assert result.finished.tolist() == [token not in goes_on for token in tokens]
-        assert result.autoregressive.tolist() == [not hybrid or token != END_BOX for token in tokens]
+        windows = [hybrid and token == END_BOX for token in tokens]
+        assert result.phase.tolist() == [Phase.MTP if window else Phase.AR for window in windows]
 
 
 @given(
@@ -364,19 +364,18 @@ def test_any_window_accepts_one_to_six_of_its_tokens(tokens):
         assert 1 <= count <= 6
         allowed = {*tokens, END, END_BOX}
         assert set(result.tokens[0, :count].tolist()) <= allowed
-        assert not (result.finished[0] and result.autoregressive[0])
+        assert not (result.finished[0] and result.phase[0] == Phase.AR)
 
 
 # ---- drafts, where random rows (tests/test_verified.py) seldom come
 
 
 def verified(
-    chosen: list[int], draft: list[int], drafted: int, window: list[int]
+    chosen: list[int], draft: list[int], drafted: int, window: list[int], most: int = 6
 ) -> tuple[list[int], list[int], bool]:
     """(accepted, next draft, finished) of one row."""
-    result = verify(*(torch.tensor([each]) for each in (chosen, draft)), torch.tensor([drafted]),
-                    torch.tensor([window]), ROLES)  # fmt: skip
-    assert result.tokens.shape == (1, 11) and result.drafted >= 0
+    result = verify(*(torch.tensor([each]) for each in (chosen, draft, drafted, window, most)), ROLES)
+    assert result.tokens.shape == (1, 11) and result.drafted >= 0 and result.phase == Phase.VERIFIED
     length, end = int(result.lengths), int(result.lengths + result.drafted)
     return result.tokens[0, :length].tolist(), result.tokens[0, length:end].tolist(), bool(result.finished)
 
@@ -399,32 +398,32 @@ def test_no_draft_is_a_draft_of_none():
 
 
 def acceptance(rows: list[list[int]], lengths: list[int], finished: list[bool], drafted: list[int]) -> Acceptance:
-    no = torch.zeros(len(rows), dtype=torch.bool)
-    ends = torch.tensor(finished)
-    return Acceptance(torch.tensor(rows), torch.tensor(lengths), no, ~ends, ends, torch.tensor(drafted))
+    phase = torch.where(torch.tensor(finished), Phase.MTP, Phase.VERIFIED)
+    return Acceptance(*map(torch.tensor, (rows, lengths, drafted)), phase, torch.tensor(finished))
 
 
 def test_what_passes_a_limit_is_taken_back_with_its_end_and_its_draft():
-    rows = [[1, 2, END, 4, 5, 6]] * 3
-    result = accept_at_most(acceptance(rows, [3, 3, 2], [True, True, False], [0, 0, 2]), torch.tensor([3, 2, 5]))
-    assert result.lengths.tolist() == [3, 2, 2] and result.finished.tolist() == [True, False, False]
-    assert result.drafted.tolist() == [0, 0, 2]
-    cut = accept_at_most(acceptance(rows[:2], [3, 3], [False, False], [2, 2]), torch.tensor([3, 1]))
-    assert cut.lengths.tolist() == [3, 1] and cut.drafted.tolist() == [2, 0]
-    assert cut.tokens.tolist() == rows[:2] and cut.verified.all() and not cut.finished.any()
+    for most in (3, 6):
+        assert verified([1, 2, END], [1, 2], 2, [3] * 6, most) == ([1, 2, END], [], True)
+        assert verified([1, 2, 3], [1, 2], 2, [3, 4, NULL, 5, 5, 5], most) == ([1, 2, 3], [4], False)
+    assert verified([1, 2, END], [1, 2], 2, [3] * 6, 2) == ([1, 2], [], False)
+    assert verified([1, 2, 3], [1, 2], 2, [3, 4, NULL, 5, 5, 5], 1) == ([1], [], False)
+    assert verified([1, 7, 3, 3], [1, 2, 3], 3, [3] * 6, 1) == ([1], [], False)
 
 
 def test_a_label_opens_only_where_it_is_accepted():
-    window = acceptance([[1, 2, REF, 3, 4, 5]] * 2, [2, 3], [False, False], [0, 0])
+    window = acceptance([[1, 2, REF, 3, 4, 5]] * 2, [2, 3], [False, False], [0, 0])._replace(
+        phase=torch.tensor([0, 0])
+    )
     opened = verify_label(window, torch.tensor([True, True]), ROLES)
-    assert opened.lengths.tolist() == [2, 3] and opened.verified.tolist() == [False, True]
+    assert opened.lengths.tolist() == [2, 3] and opened.phase.tolist() == [Phase.MTP, Phase.VERIFIED]
 
 
 def test_behind_a_label_end_an_end_is_taken_back():
     rows = [[1, END_REF, END, 4, 5, 6], [1, 2, END, 4, 5, 6], [1, 2, END_REF, 4, 5, 6]]
     left = leave_label(acceptance(rows, [3, 3, 2], [True, True, False], [0, 0, 3]), torch.tensor([True] * 3), ROLES)
     assert left.lengths.tolist() == [2, 3, 2] and left.finished.tolist() == [False, True, False]
-    assert left.verified.tolist() == [False, False, True] and left.drafted.tolist() == [0, 0, 3]
+    assert left.phase.tolist() == [Phase.MTP, Phase.MTP, Phase.VERIFIED] and left.drafted.tolist() == [0, 0, 3]
 
 
 # ---- logits to probabilities
@@ -490,9 +489,10 @@ def test_a_draw_is_categoricals():
     p = torch.rand(3, 6, 50).softmax(-1)
     torch.manual_seed(3)
     expected = torch.distributions.Categorical(probs=p).sample()
-    assert torch.equal(draw(p, torch.Generator().manual_seed(3)), expected)
+    noise = torch.empty_like(p).exponential_(generator=torch.Generator().manual_seed(3))
+    assert torch.equal(draw(noise, p), expected)
 
 
 def test_a_draw_heeds_no_scale():
     p, noise = torch.rand(5, 40), torch.rand(5, 40)
-    assert torch.equal(draw_with(noise, p * 2.0**-100), draw_with(noise, p))
+    assert torch.equal(draw(noise, p * 2.0**-100), draw(noise, p))

@@ -12,7 +12,7 @@ from transformers import modeling_flash_attention_utils as flash
 
 import locateanything.cuda_graphs as cuda_graphs
 from locateanything.inputs import rows_that_fit
-from locateanything.kv_cache import DecodeStep, zeros
+from locateanything.kv_cache import DecodeStep, State, zeros
 from tests.conftest import Batch, cases_of, model_of
 
 # ---- the flash kernel
@@ -97,7 +97,8 @@ class Driver:
             self.current = before
 
         @contextlib.contextmanager
-        def capturing(graph, pool):
+        def capturing(graph, pool, capture_error_mode):
+            assert capture_error_mode == "thread_local", "another thread's work must not break it"
             events.append(f"capture into {pool}")
             yield
             events.append("captured")
@@ -115,30 +116,31 @@ class Driver:
 def test_a_capture_warms_up_beside_and_shares_a_pool(monkeypatch):
     events: list[str] = []
     driver = Driver(monkeypatch, events)
-    logits = torch.arange(12.0).view(6, 2)
+    hidden = torch.arange(12.0).view(2, 3, 2)
 
-    def compute(rows, pending, windows, all_lines, longest):
+    def compute(rows, pending, windows, longest):
         events.append(f"compute {rows} on {driver.current}")
-        return logits[: 6 * rows]
+        return hidden[:rows]
 
     graphs = cuda_graphs.DecodeGraphs(compute, slots=4, capacity=1024)
-    assert torch.equal(graphs(1, 6, True, False, 100), logits)
+    assert torch.equal(graphs(1, 6, True, 100), hidden[:1])
     warm_up = ["side waits for main", *["compute 1 on side"] * cuda_graphs.WARM_UP_STEPS, "main waits for side"]
     assert events == [*warm_up, "capture into None", "compute 1 on main", "captured", "replay"]
     events.clear()
-    graphs(1, 6, True, False, 100)
+    graphs(1, 6, True, 100)
     assert events == ["replay"]
-    graphs(2, 6, True, False, 100)
+    graphs(2, 6, True, 100)
     assert "capture into pool" in events
 
 
-def test_out_of_memory_in_a_capture_is_the_loops_to_handle():
+def test_out_of_memory_in_a_capture_is_the_loops_to_handle(monkeypatch):
     def capture(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    graphs = cuda_graphs.DecodeGraphs(lambda *shape: None, slots=4, capacity=1024, capture=capture)
+    monkeypatch.setattr(cuda_graphs, "capture_graph", capture)
+    graphs = cuda_graphs.DecodeGraphs(lambda *shape: None, slots=4, capacity=1024)
     with pytest.raises(torch.OutOfMemoryError):
-        graphs(1, 6, True, False, 100)
+        graphs(1, 6, True, 100)
     assert graphs.works
 
 
@@ -163,10 +165,7 @@ def test_rows_that_fit_into_half_of_the_free_memory(monkeypatch):
 
 
 def test_a_step_follows_its_layer_to_another_device():
-    lengths = torch.tensor([7, 8])
-    step = DecodeStep(
-        lengths, lengths - 2, lengths * 0, lengths == 8, lengths == 0, pending=2, windows=True, longest=14
-    )
+    step = DecodeStep(torch.tensor([State.empty()] * 2), pending=2, windows=True, longest=14, packed=False)
     assert step.to(torch.device("cpu")) is step
     moved = step.to(torch.device("meta"))
     assert {getattr(moved, name).device.type for name in ("slots", "offsets", "positions", "kept")} == {"meta"}

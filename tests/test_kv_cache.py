@@ -9,30 +9,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locateanything.kv_cache import KEY_BLOCK, DecodeStep, PrefillStep, SlotKVCache, Stretch, zeros
+from locateanything.decoding import Phase
+from locateanything.kv_cache import KEY_BLOCK, DecodeStep, PrefillStep, PromptChunk, SlotKVCache, State, zeros
 
 PENDING, CACHED = st.integers(1, 6), st.integers(1, 40)
-# committed, cached, drafted, autoregressive, verified
-PLAIN = st.tuples(CACHED, PENDING, st.booleans()).map(lambda row: (row[0] + row[1], row[0], 0, row[2], False))
+# committed, cached, drafted, phase
+PLAIN = st.tuples(CACHED, PENDING, st.sampled_from([Phase.MTP, Phase.AR])).map(
+    lambda row: (row[0] + row[1], row[0], 0, row[2])
+)
 VERIFIED = st.tuples(CACHED, PENDING, st.integers(0, 5)).map(
-    lambda row: (row[0] + row[1], row[0], min(row[2], 6 - row[1]), False, True)
+    lambda row: (row[0] + row[1], row[0], min(row[2], 6 - row[1]), Phase.VERIFIED)
 )
 ROW = PLAIN | VERIFIED
 
 
-def step_of(rows, packed=True, all_lines=False) -> DecodeStep:
-    committed, cached, drafted, autoregressive, verified = zip(*rows, strict=True)
+def step_of(rows, packed=True, empty=0) -> DecodeStep:
+    state = [State.empty() for _ in range(len(rows) + empty)]
+    for line, row in zip(state, rows, strict=False):
+        line[State.COMMITTED], line[State.CACHED], line[State.DRAFTED], line[State.PHASE] = row
     return DecodeStep(
-        torch.tensor(committed),
-        torch.tensor(cached),
-        torch.tensor(drafted),
-        torch.tensor(autoregressive),
-        torch.tensor(verified),
-        pending=max(n + m - c for n, c, m, _, _ in rows),
-        windows=not all(autoregressive),
-        longest=max(n + m + (0 if ar else 6) for n, _, m, ar, _ in rows),
+        torch.tensor(state),
+        pending=max(n + m - c for n, c, m, _ in rows),
+        windows=any(phase != Phase.AR for *_, phase in rows),
+        longest=max(n + m + (0 if phase == Phase.AR else 6) for n, _, m, phase in rows),
         packed=packed,
-        all_lines=all_lines,
     )
 
 
@@ -41,10 +41,10 @@ def test_a_step_is_decoding_md_2(rows):
     """Positions, places and visibility, row by row, as decoding.md §2 and §5 say."""
     step = step_of(rows)
     fed = []  # (slot, position, place, visible keys, is mask)
-    for slot, (committed, c, m, autoregressive, _) in enumerate(rows):
+    for slot, (committed, c, m, phase) in enumerate(rows):
         n = committed + m  # a draft is fed as if it were committed
         fed += [(slot, i, i, set(range(i + 1)), False) for i in range(c, n)]
-        if not autoregressive:
+        if phase != Phase.AR:
             seen = set(range(n - 1)) | set(range(n, n + 6))
             fed += [(slot, n - 1 + j, n + j, seen, j > 0) for j in range(6)]
     assert step.slots.tolist() == [slot for slot, *_ in fed]
@@ -57,40 +57,18 @@ def test_a_step_is_decoding_md_2(rows):
         assert set(keys.nonzero().flatten().tolist()) == seen
     assert step.visible.any(-1).all(), "a query that sees nothing would be NaN"
 
-    read = []  # (slot, position, in a window)
-    for slot, (n, _, m, autoregressive, verified) in enumerate(rows):
-        if autoregressive or verified:
-            read += [(slot, n - 1 + j, False) for j in range(m + 1)]
-        if not autoregressive:
-            read += [(slot, n + m - 1 + j, True) for j in range(6)]
-    ends = [n + m for n, _, m, *_ in rows]
-    lines = [fed[line] for line in step.lines.tolist()]
-    assert [(slot, position, place >= ends[slot]) for slot, position, place, *_ in lines] == read
 
-
-@given(rows=st.lists(PLAIN, min_size=1, max_size=5))
-def test_an_unpacked_step_feeds_the_same_tokens_among_unused_cells(rows):
-    packed, whole = step_of(rows), step_of(rows, packed=False)
+@given(rows=st.lists(ROW, min_size=1, max_size=5), empty=st.integers(0, 3))
+def test_a_whole_grid_feeds_the_same_tokens_among_unused_cells(rows, empty):
+    packed, whole = step_of(rows), step_of(rows, packed=False, empty=empty)
     assert len(whole.kept) == whole.shape[0] * whole.shape[1]
     for name in ("slots", "offsets", "masked"):
         assert torch.equal(getattr(whole, name)[packed.kept], getattr(packed, name))
     assert torch.equal(whole.positions[0, packed.kept], packed.positions[0])
+    assert torch.equal(whole.visible[: len(rows)], packed.visible)
     unused = torch.ones(len(whole.kept), dtype=torch.bool)
     unused[packed.kept] = False
-    assert (whole.offsets[unused] == -1).all(), "unused cells write to a slot's last place"
-    width = len(whole.lines) // len(rows)
-    assert width == (1 if all(ar for *_, ar, _ in rows) else 6)
-    expected = [
-        line for row, (*_, ar, _) in enumerate(rows) for line in range(row * width, row * width + (1 if ar else 6))
-    ]
-    assert torch.equal(whole.lines[expected], packed.kept[packed.lines])
-
-
-@given(rows=st.lists(ROW, min_size=1, max_size=5))
-def test_an_unpacked_step_can_read_every_cell(rows):
-    packed, whole = step_of(rows), step_of(rows, packed=False, all_lines=True)
-    assert torch.equal(whole.lines, torch.arange(whole.shape[0] * whole.shape[1]))
-    assert torch.equal(whole.visible, packed.visible)
+    assert (whole.offsets[unused] == -1).all(), "unused cells, all those of empty slots, write to a slot's last place"
 
 
 @given(rows=st.lists(ROW, min_size=1, max_size=5))
@@ -104,7 +82,7 @@ def test_grid_and_packed_are_inverse(rows):
 
 
 def test_the_mask_repeats_for_each_query_head_of_a_key_head():
-    step = step_of([(9, 8, 0, False, False), (12, 8, 0, True, False), (9, 8, 4, False, True)])
+    step = step_of([(9, 8, 0, Phase.MTP), (12, 8, 0, Phase.AR), (9, 8, 4, Phase.VERIFIED)])
     mask = step.mask(torch.float32, group=3)
     rows, width = step.shape
     assert mask.shape == (rows, 1, 3 * width, step.visible.shape[-1])
@@ -113,34 +91,42 @@ def test_the_mask_repeats_for_each_query_head_of_a_key_head():
         assert torch.equal(part == 0, step.visible) and torch.equal(part == -torch.inf, ~step.visible)
 
 
-def test_prefill_writes_where_its_stretches_say():
+def test_prefill_writes_and_attends_where_its_chunks_say():
     cache = SlotKVCache(layers=1, slots=3, capacity=20)
-    step = PrefillStep([Stretch(2, 0, 3), Stretch(0, 4, 2)], torch.device("cpu"))
-    assert step.positions.tolist() == [[0, 1, 2, 4, 5]]
-    key = torch.randn(1, 2, 5, 4)
-    keys, values = cache.update(key, -key, 0, step)
+    whole = PrefillStep([PromptChunk(0, 0, 4)], torch.device("cpu"))
+    cache.update(*torch.randn(2, 1, 2, 4, 4), 0, whole)
+    step = PrefillStep([PromptChunk(2, 0, 3), PromptChunk(0, 4, 6)], torch.device("cpu"))
+    assert step.positions.tolist() == [[0, 1, 2, 4, 5]] and step.bounds.tolist() == [0, 3, 5]
+    key, value = torch.randn(2, 1, 2, 5, 4)
+    keys, values = cache.update(key, value, 0, step)
     assert torch.equal(keys[2, :, :3], key[0, :, :3]) and torch.equal(keys[0, :, 4:6], key[0, :, 3:])
-    assert torch.equal(values, -keys) and (keys != 0).sum() == key.numel()
+    assert torch.equal(values[2, :, :3], value[0, :, :3]) and not keys[1].any() and not keys[2, :, 3:].any()
 
     query = torch.randn(1, 6, 5, 4)  # three query heads a key head
-    pieces = list(step.pieces(query, keys, values))
-    assert [(span.start, span.stop) for span, *_ in pieces] == [(0, 3), (3, 5)]
-    assert pieces[0][4] is None
-    assert pieces[1][4].tolist() == [[True] * 5 + [False], [True] * 6]
-    assert pieces[1][2].shape == (2, 3, 6, 4) and pieces[1][2].stride(1) == 0, "expanded without a copy"
+    for implementation in ("sdpa", "eager"):
+        attended = step.attend(query, keys, values, 0.5, implementation)
+        assert attended.shape == (1, 5, 6, 4)
+        for token, (slot, seen) in enumerate([(2, 1), (2, 2), (2, 3), (0, 5), (0, 6)]):
+            k, v = (x[slot, :, :seen].repeat_interleave(3, 0) for x in (keys, values))
+            p = (0.5 * (k @ query[0, :, token, :, None]).squeeze(-1)).softmax(-1)
+            torch.testing.assert_close(attended[0, token], (p[..., None] * v).sum(1))
 
 
 def test_slots_move_and_clear():
     cache = SlotKVCache(layers=2, slots=2, capacity=8)
+    cache.clear(0, 0, 5)  # nothing is held yet
     for layer in range(2):
         key = torch.randn(1, 1, 5, 4)
-        cache.update(key, key, layer, PrefillStep([Stretch(1, 0, 5)], torch.device("cpu")))
+        cache.update(key, key, layer, PrefillStep([PromptChunk(1, 0, 5)], torch.device("cpu")))
     cache.move(1, 0, 4)
     for layer in cache.layers:
-        assert torch.equal(layer.keys[0, :, :4], layer.keys[1, :, :4]) and not layer.keys[0, :, 4:].any()
+        assert torch.equal(layer[:, 0, :, :4], layer[:, 1, :, :4]) and not layer[:, 0, :, 4:].any()
     cache.clear(1, 2, 5)
     for layer in cache.layers:
-        assert layer.keys[1, :, :2].all() and not layer.keys[1, :, 2:].any() and not layer.values[1, :, 2:].any()
+        assert layer[:, 1, :, :2].all() and not layer[:, 1, :, 2:].any()
+    assert cache.is_finite(0, 4)
+    cache.layers[-1][1, 0, 0, 3] = torch.nan
+    assert cache.is_finite(0, 3) and not cache.is_finite(0, 4)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of memory")
@@ -159,11 +145,3 @@ def test_a_cache_on_cpu_takes_memory_as_rows_write_it(dtype):
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def test_transformers_can_ask_a_cache():
-    cache = SlotKVCache(layers=2, slots=3, capacity=70)
-    assert cache.get_seq_length() == 0  # rows have lengths of their own
-    layer = cache.layers[1]
-    assert layer.get_max_cache_shape() == layer.get_max_length() == 128
-    assert layer.get_mask_sizes(torch.arange(3)) == (128, 0)

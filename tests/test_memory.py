@@ -63,7 +63,7 @@ def test_finished_rows_are_not_decoded_again(monkeypatch):
     halve = GenerationLoop.halve
 
     def note(loop, error):
-        done.append([row.index for row in loop.rows if row.done])
+        done.append([row.index for row in loop.rows if row.finish_reason])
         halve(loop, error)
 
     monkeypatch.setattr(GenerationLoop, "halve", note)

@@ -386,8 +386,7 @@ def test_the_content_of_unused_places_cannot_matter(monkeypatch, layout, slots):
 
     def clear(cache, slot, start, stop):
         for layer in cache.layers if start < stop else ():
-            layer.keys[slot, :, start:stop].normal_()
-            layer.values[slot, :, start:stop].normal_()
+            layer[:, slot, :, start:stop].normal_()
 
     monkeypatch.setattr(kv_cache, "zeros", lambda shape, like: torch.randn(shape, dtype=like.dtype))
     monkeypatch.setattr(SlotKVCache, "clear", clear)

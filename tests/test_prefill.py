@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locateanything.inputs import first_equal
-from locateanything.kv_cache import PrefillStep
-from locateanything.prefill import common_prefix, content_of, in_passes, plan
+from locateanything.kv_cache import PrefillStep, common_prefix, content_of, in_passes, share_prefixes
 from tests.conftest import Batch, cases_of
 
 IMAGE = 9
@@ -36,15 +35,15 @@ def test_a_plan_gives_every_row_its_content(held, entering, offset):
     """Carried out on toy slots, a plan leaves in each entering slot exactly that row's content."""
     slots = dict(enumerate(contents(held)))
     wanted = {slot + offset: content for slot, content in enumerate(contents(entering))}
-    first, second = plan(wanted, dict(slots))
-    assert sorted(entry.slot for entry in first + second) == sorted(wanted)
+    first, second = share_prefixes(wanted, dict(slots))
+    assert sorted(chunk.slot for chunk in first + second) == sorted(wanted)
     state = {slot: content.tolist() for slot, content in slots.items()}
-    for entries in (first, second):
-        for entry in entries:
-            state[entry.slot] = state[entry.donor][: entry.shared] if entry.shared else []
-        for entry in entries:
-            assert entry.length == len(wanted[entry.slot])
-            state[entry.slot] += wanted[entry.slot].tolist()[entry.shared :]
+    for chunks in (first, second):
+        for chunk in chunks:
+            state[chunk.slot] = state[chunk.donor][: chunk.start] if chunk.start else []
+        for chunk in chunks:
+            assert chunk.stop == len(wanted[chunk.slot])
+            state[chunk.slot] += wanted[chunk.slot].tolist()[chunk.start :]
     for slot, content in wanted.items():
         assert state[slot] == content.tolist()
     for slot in slots.keys() - wanted.keys():
@@ -53,19 +52,19 @@ def test_a_plan_gives_every_row_its_content(held, entering, offset):
 
 def test_little_is_not_shared():
     short = {slot: np.array([1] * 15 + [slot]) for slot in range(2)}
-    assert plan(short, {})[1] == []
+    assert share_prefixes(short, {})[1] == []
     long_tail = {slot: np.array([1] * 20 + [slot + 2] * 100) for slot in range(2)}
-    assert plan(long_tail, {})[1] == []
+    assert share_prefixes(long_tail, {})[1] == []
     worth = {slot: np.array([1] * 20 + [slot + 2] * 20) for slot in range(2)}
-    first, second = plan(worth, {})
-    assert [entry.slot for entry in first] == [0]
-    assert [(entry.slot, entry.shared, entry.donor) for entry in second] == [(1, 20, 0)]
+    first, second = share_prefixes(worth, {})
+    assert [chunk.slot for chunk in first] == [0]
+    assert [(chunk.slot, chunk.start, chunk.donor) for chunk in second] == [(1, 20, 0)]
 
 
 def test_passes_respect_the_budget():
-    entries = plan({slot: np.full(30, slot) for slot in range(5)}, {})[0]
-    assert [len(group) for group in in_passes(entries, 70)] == [2, 2, 1]
-    assert [len(group) for group in in_passes(entries, 10)] == [1] * 5, "one row at least"
+    chunks = share_prefixes({slot: np.full(30, slot) for slot in range(5)}, {})[0]
+    assert [len(group) for group in in_passes(chunks, 70)] == [2, 2, 1]
+    assert [len(group) for group in in_passes(chunks, 10)] == [1] * 5, "one row at least"
 
 
 def test_a_wide_and_a_high_picture_of_one_colour_are_two_pictures():

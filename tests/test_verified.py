@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor
 
 import locateanything.generation as generation
-from locateanything.decoding import Acceptance, draw, draw_with, leave_label, verify, verify_label
+from locateanything.decoding import Acceptance, Phase, leave_label, verify, verify_label
 from tests.conftest import Batch, cases_of, model_of, tokenizer_of
 from tests.test_decoding import BOX, END, END_REF, NULL, REF, ROLES, C
 
@@ -176,13 +176,6 @@ def test_out_of_memory_loses_no_token(monkeypatch):
 # ---- sampling
 
 
-def test_noise_draws_as_multinomial_does():
-    p = torch.rand(1, 300).softmax(-1)
-    for seed in range(50):
-        noise = torch.empty(1, 300).exponential_(generator=torch.Generator().manual_seed(seed))
-        assert draw_with(noise, p) == draw(p, torch.Generator().manual_seed(seed))
-
-
 def test_samples_follow_next_token_decodings_distribution():
     """A chi-squared test of 4000 answers of three tokens, some accepted from drafts and some not.
 
@@ -301,6 +294,7 @@ def test_the_rule_is_the_rule_token_by_token(rows):
         torch.tensor([(draft + [END] * 5)[: width - 1] for _, draft, _ in cases], dtype=torch.long),
         torch.tensor([len(draft) for _, draft, _ in cases]),
         torch.tensor([window for *_, window in cases]),
+        torch.full((len(cases),), 6),
         ROLES,
     )
     for row, (chosen, draft, window) in enumerate(cases):
@@ -309,44 +303,37 @@ def test_the_rule_is_the_rule_token_by_token(rows):
         assert result.tokens[row, :length].tolist() == accepted
         assert result.tokens[row, length : length + drafted].tolist() == following
         assert bool(result.finished[row]) == finished
-        assert bool(result.verified[row]) != finished and not result.autoregressive[row]
+        assert result.phase[row] == Phase.VERIFIED
 
 
 # ---- labels
 
 
 def accepted_of(tokens: list[int], length: int, verified: bool = False, drafted: int = 0) -> Acceptance:
-    no, yes = torch.tensor([False]), torch.tensor([True])
-    return Acceptance(
-        torch.tensor([tokens]),
-        torch.tensor([length]),
-        no,
-        yes if verified else no,
-        no,
-        torch.tensor([drafted]),
-    )
+    phase = Phase.VERIFIED if verified else Phase.MTP
+    return Acceptance(*(torch.tensor([each]) for each in (tokens, length, drafted, phase, False)))
 
 
 def test_behind_a_label_opening_a_window_is_a_draft():
     window = accepted_of([REF, 1, 2, END_REF, NULL, NULL], 4)
     opened = verify_label(window, torch.tensor([True]), ROLES)
-    assert (opened.lengths, opened.drafted, opened.verified) == (1, 3, True)
+    assert (opened.lengths, opened.drafted, opened.phase) == (1, 3, Phase.VERIFIED)
     left = verify_label(window, torch.tensor([False]), ROLES)
-    assert (left.lengths, left.drafted, left.verified) == (4, 0, False)
+    assert (left.lengths, left.drafted, left.phase) == (4, 0, Phase.MTP)
     inside = verify_label(accepted_of([1, 2, REF, 3, NULL, NULL], 4), torch.tensor([True]), ROLES)
-    assert (inside.lengths, inside.drafted, inside.verified) == (3, 1, True)
+    assert (inside.lengths, inside.drafted, inside.phase) == (3, 1, Phase.VERIFIED)
     behind = verify_label(accepted_of([1, 2, NULL, REF, 3, NULL], 2), torch.tensor([True]), ROLES)
-    assert (behind.lengths, behind.drafted, behind.verified) == (2, 0, False)
+    assert (behind.lengths, behind.drafted, behind.phase) == (2, 0, Phase.MTP)
 
 
 def test_behind_a_label_end_come_windows_again():
     step = accepted_of([1, 2, END_REF, BOX, 5, 6, 7, 8, 9, 0, 0], 4, verified=True, drafted=5)
     closed = leave_label(step, torch.tensor([True]), ROLES)
-    assert (closed.lengths, closed.drafted, closed.verified) == (3, 0, False)
+    assert (closed.lengths, closed.drafted, closed.phase) == (3, 0, Phase.MTP)
     kept = leave_label(step, torch.tensor([False]), ROLES)
-    assert (kept.lengths, kept.drafted, kept.verified) == (4, 5, True)
+    assert (kept.lengths, kept.drafted, kept.phase) == (4, 5, Phase.VERIFIED)
     unclosed = leave_label(step._replace(lengths=torch.tensor([2])), torch.tensor([True]), ROLES)
-    assert (unclosed.lengths, unclosed.drafted, unclosed.verified) == (2, 5, True)
+    assert (unclosed.lengths, unclosed.drafted, unclosed.phase) == (2, 5, Phase.VERIFIED)
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "fast"])
