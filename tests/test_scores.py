@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput
 
-from locateanything.grounding import geometric_mean, parse_places
-from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
-from tests.conftest import CHECKPOINTS, Batch, cases_of, tokenizer_of
+from tests.conftest import CHECKPOINTS, Batch, cases_of
 from tests.stand_in import LocateAnythingForConditionalGeneration as StandIn
-
-
-def processor_of(name: str) -> LocateAnythingProcessor:
-    return LocateAnythingProcessor(LocateAnythingImageProcessor.from_pretrained(CHECKPOINTS[name]), tokenizer_of(name))
 
 
 def mixed(name: str, modes=("hybrid", "fast", "slow", "verified")) -> Batch:
@@ -109,98 +99,3 @@ def test_asking_for_scores_changes_no_answer(golden):
     assert batch.run().token_log_probs is None
     plain = batch.run(output_scores=True, return_dict_in_generate=False)
     assert torch.equal(plain, output.sequences)
-
-
-# ---- boxes
-
-
-def test_boxes_are_found_as_without_scores(golden):
-    processor = processor_of(golden)
-    batch = mixed(golden)
-    output = batch.run(output_scores=True)
-    sizes = [(300, 400)] * len(batch.cases)
-    plain = processor.post_process_grounding(output.sequences[:, batch.input_ids.shape[1] :], sizes)
-    scored = processor.post_process_grounding(output, sizes)
-    assert sum(len(row["labels"]) for row in scored) > 3
-    for with_scores, without in zip(scored, plain, strict=True):
-        for name, value in without.items():
-            assert (torch.equal if isinstance(value, torch.Tensor) else list.__eq__)(with_scores[name], value)
-        for kind, prefix in (("boxes", ""), ("points", "point_")):
-            for name in (f"{prefix}scores", f"{prefix}label_scores"):
-                assert with_scores[name].shape == (len(with_scores[kind]),)
-                assert ((with_scores[name] >= 0) & (with_scores[name] <= 1)).all()
-
-
-def test_a_score_is_the_geometric_mean_of_the_coordinates():
-    processor, case = processor_of("shapes"), next(c for c in cases_of("shapes") if c["num_boxes"] == 2)
-    batch = Batch("shapes", [case])
-    output = batch.run(output_scores=True)
-    (row,) = processor.post_process_grounding(output)
-    roles = batch.model.config.token_roles
-    new, scores = case["output_ids"], output.token_log_probs[0].exp().tolist()
-    boxes = [at for at, token in enumerate(new) if token == roles.box_start and new[at + 1] != roles.none]
-    expected = [math.prod(scores[at + 1 : at + 5]) ** 0.25 for at in boxes]
-    assert row["scores"].tolist() == pytest.approx(expected, rel=1e-4)
-    opens, closes = new.index(roles.ref_start), new.index(roles.ref_end)
-    label = math.prod(scores[opens + 1 : closes]) ** (1 / (closes - opens - 1))
-    assert row["label_scores"][0] == pytest.approx(label, rel=1e-4)
-
-
-def test_a_threshold_leaves_out_what_scores_lower(golden):
-    processor, batch = processor_of(golden), mixed(golden)
-    output = batch.run(output_scores=True)
-    everything = processor.post_process_grounding(output)
-    half = sorted(score for row in everything for score in row["scores"].tolist())
-    threshold = np.float32(half[len(half) // 2])
-    for row, kept in zip(everything, processor.post_process_grounding(output, threshold=threshold), strict=True):
-        high = row["scores"] >= threshold
-        assert torch.equal(kept["boxes"], row["boxes"][high]) and torch.equal(kept["scores"], row["scores"][high])
-        assert kept["labels"] == [label for label, own in zip(row["labels"], high.tolist(), strict=True) if own]
-    nothing = processor.post_process_grounding(output, threshold=1.0)
-    assert all((row["scores"] == 1).all() for row in nothing)
-
-
-@pytest.mark.parametrize("threshold", [-0.1, 1.5, "high", True])
-def test_a_threshold_is_a_share(threshold):
-    with pytest.raises(ValueError, match="threshold: got"):
-        processor_of("shapes").post_process_grounding(["none"], threshold=threshold)
-
-
-def test_a_threshold_needs_scores():
-    batch = Batch("shapes", cases_of("shapes")[:2])
-    transformers_own = GenerateDecoderOnlyOutput(sequences=batch.input_ids, scores=(torch.zeros(2, 9),))
-    assert len(processor_of("shapes").post_process_grounding(transformers_own)) == 2
-    for outputs in (["<box><1><2></box>"], batch.run(), transformers_own):
-        with pytest.raises(ValueError, match=r"outputs without scores.*output_scores=True"):
-            processor_of("shapes").post_process_grounding(outputs, threshold=0.5)
-
-
-def test_labels_of_several_bytes_a_letter_are_whole():
-    processor = processor_of("shapes")
-    text = "<ref>gr\u00fcner 圆</ref><box><1><2><3><4></box><|im_end|>"
-    ids = processor.tokenizer.encode(text)
-
-    class Output:
-        sequences = torch.tensor([[5, 5, *ids]])
-        token_log_probs = torch.full((1, len(ids)), math.log(0.5))
-
-    (row,) = processor.post_process_grounding(Output)
-    assert row["labels"] == ["gr\u00fcner 圆"]
-    assert row["scores"].tolist() == pytest.approx([0.5]) and row["label_scores"].tolist() == pytest.approx([0.5])
-
-
-def test_places_of_groundings():
-    text = "ab<ref>cat</ref><box><1><2><3><4></box><box><5><6></box>"
-    (first, label, box), (second, same, point) = parse_places(text)
-    assert (text[label.start : label.stop], text[box.start : box.stop]) == ("cat", "<box><1><2><3><4></box>")
-    assert same == label and text[point.start : point.stop] == "<box><5><6></box>"
-    assert (first.coordinates, second.coordinates) == ((1, 2, 3, 4), (5, 6))
-    (unnamed,) = parse_places("<box><1><2></box>")
-    assert not unnamed[1]
-
-
-def test_the_mean_of_nothing_is_one():
-    assert geometric_mean([]) == 1.0
-    assert geometric_mean([math.log(0.25), 0.0]) == pytest.approx(0.5)
-    assert geometric_mean([-math.inf, 0.0]) == 0.0
-    assert geometric_mean([1e-9]) == 1.0
