@@ -256,7 +256,7 @@ def _check_data_files(base: Base) -> None:
     for name in ("vocab.json", "added_tokens.json", "tokenizer.json", "tokenizer_config.json"):
         if name not in base.sizes:
             continue
-        ids = _ids_by_token(read_json(base.folder / name))
+        ids = _ids_by_token(name, read_json(base.folder / name))
         found.update(ids)
         for token, key in TOKENS.items():
             if token in ids and expected.get(key) not in (None, ids[token]):
@@ -269,14 +269,13 @@ def _check_data_files(base: Base) -> None:
         raise HubError(f"base: {base.name}: config.json's none_token_id is not that of the word, {nones}")
 
 
-def _ids_by_token(data: dict[str, Any]) -> dict[str, int]:
+def _ids_by_token(name: str, data: dict[str, Any]) -> dict[str, int]:
     """Of any of the four files that may hold them."""
-    if "added_tokens_decoder" in data:
-        return {entry["content"]: int(index) for index, entry in data["added_tokens_decoder"].items()}
-    if "model" in data:
-        added = {entry["content"]: entry["id"] for entry in data["added_tokens"]}
-        return {**data["model"]["vocab"], **added}
-    return {token: index for token, index in data.items() if isinstance(index, int)}
+    if name == "tokenizer_config.json":
+        return {entry["content"]: int(index) for index, entry in data.get("added_tokens_decoder", {}).items()}
+    if name == "tokenizer.json":
+        return {**data["model"]["vocab"], **{entry["content"]: entry["id"] for entry in data["added_tokens"]}}
+    return data
 
 
 def _check_weights(base: Base) -> None:

@@ -21,13 +21,14 @@ _KEPT = ("license", "license_name", "license_link", "language", "datasets", "tag
 _LEGAL = {"license", "licenses", "licence", "licences", "notice", "notices", "copying", "copyright"}
 _PULL_REQUEST = Path(__file__).with_name("pull_request.md")
 # What each kind of pull request changes for a caller
+_TRAINING = "In training, `labels` train next tokens; the block losses of the present class are no part of it."
 VARIANTS = {
     "default": "`AutoModel` loads the batched class. One row with `tokenizer=` returns its text as now, several a "
-    "list. Configuration class, processor, `forward` for training and the LoRA hooks stay as they are.",
+    f"list. Configuration class, processor and LoRA hooks stay as they are. {_TRAINING}",
     "opt-in": "Nothing for existing callers. `AutoModelForImageTextToText`, which names nothing here today, loads the "
     "batched class, on the configuration class and the processor that are here.",
     "processor": "`AutoModel` loads the batched class, and `AutoProcessor` a processor that needs no decord, lmdb or "
-    "cv2. One row with `tokenizer=` returns its text as now, several return a list.",
+    f"cv2. One row with `tokenizer=` returns its text as now, several a list. {_TRAINING}",
 }
 
 

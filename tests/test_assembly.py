@@ -29,6 +29,7 @@ def base(tmp_path):
         folder / "config.json", lambda data: data["vision_config"].update(auto_map={"AutoModel": "other/repo--m.M"})
     )
     change(folder / "tokenizer_config.json", lambda data: data.update(auto_map={"AutoProcessor": STOCK_PROCESSOR}))
+    change(folder / "vocab.json", lambda data: data.update(model=1435, added_tokens_decoder=1436))  # words, as others
     files = {
         "generation_config.json": '{"eos_token_id":   151645}',
         "model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}),
