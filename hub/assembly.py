@@ -311,7 +311,7 @@ def plan(base: Base, code_repo: str | None = None) -> dict[str, Content]:
     """
     files: dict[str, Content] = {name: base.folder / name for name in base.sizes}
     for name in files.keys() & {*AUTO_MAPS, "tokenizer_config.json"}:
-        files[name] = edited(base.folder / name, partial(_switch_auto_map, name, code_repo))
+        files[name] = edited(base.folder / name, partial(switch_auto_map, name, code_repo))
     # The base's LICENSE speaks of its weights and stays what it is
     files |= {path.name: path for path in remote_code_files()} | {"LICENSE-CODE": PROJECT / "LICENSE"}
     return dict(sorted(files.items()))
@@ -325,7 +325,7 @@ def edited(path: Path, change: Callable[[dict[str, Any]], None]) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=text.isascii()) + end).encode()
 
 
-def _switch_auto_map(name: str, code_repo: str | None, data: dict[str, Any]) -> None:
+def switch_auto_map(name: str, code_repo: str | None, data: dict[str, Any]) -> None:
     """Point one JSON file of a checkpoint to this project's code."""
     ours = {auto: _in_repository(code_repo, value) for auto, value in AUTO_MAPS.get(name, _PROCESSOR_MAP).items()}
     for part in (data, *data.values()):

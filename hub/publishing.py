@@ -8,6 +8,7 @@ interrupted run has published nothing, and the next one goes on.
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hub.assembly import (
     print_files,
     read_json,
     remote_code_files,
+    switch_auto_map,
 )
 from hub.card import MARK, is_legal, model_card, pull_request_description
 from hub.errors import HubError
@@ -115,14 +117,11 @@ def plan_pull_request(repo: str, variant: str = "default", project_url: str | No
         switched = [] if variant == "opt-in" else ["AutoModel", *(auto for auto in named if "AutoModelFor" in auto)]
         named.update(dict.fromkeys([*switched, "AutoModelForImageTextToText"], MODEL))
 
-    def name_the_processor(data: dict[str, Any]) -> None:
-        data["auto_map"] = AUTO_MAPS["processor_config.json"]
-
     files: dict[str, Content] = {path.name: path for path in code}
     files["config.json"] = edited(config, name_the_model)
     if variant == "processor":
         for name in AUTO_MAPS.keys() & base.sizes.keys() - {"config.json"}:
-            files[name] = edited(base.folder / name, name_the_processor)
+            files[name] = edited(base.folder / name, partial(switch_auto_map, name, None))
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in code)
     description = pull_request_description(repo, variant, len(code), lines, project_url)
     title = TITLE if variant == "default" else f"{TITLE} ({variant})"

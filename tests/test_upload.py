@@ -199,9 +199,10 @@ def test_pull_request_changes_code_and_auto_maps_only(hub, script, published, va
     for name in changed:
         old, new = json.loads(before[name]), json.loads(after[name])
         named = {**old.pop("auto_map")}, new.pop("auto_map")
+        old.pop("image_processor_type", None)  # by which 4.57 would look for a class of its own
         assert old == new
         lines = difflib.unified_diff(before[name].decode().split("\n"), after[name].decode().split("\n"), n=0)
-        assert all('": "' in line or "[" in line for line in list(lines)[2:] if line[0] in "+-")
+        assert all('": "' in line for line in list(lines)[2:] if line[0] in "+-")
         if name == "config.json":
             switched = ["AutoModelForImageTextToText"]
             switched += [] if variant == "opt-in" else ["AutoModel", "AutoModelForCausalLM"]
@@ -299,7 +300,7 @@ def test_what_was_published_loads_as_printed_and_answers_the_goldens(hub, script
 
 
 def test_verify(hub, script, published):
-    for repo, *options in ((OWN,), (CODE,), *((BASE, "--revision", f"refs/pr/{n}") for n in (1, 2, 3))):
+    for repo, *options in ((OWN,), (CODE,), (BASE, "--revision", "refs/pr/1")):
         assert "<box><750>" in script("verify", repo, *options)
     files = hub.repos[OWN].files()
     hub.repos[OWN].commit("main", {**files, "vision.py": b"raise SystemExit"})
