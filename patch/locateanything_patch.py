@@ -250,8 +250,8 @@ def unwrapped(model: Any) -> Any:
 @functools.lru_cache(maxsize=8)
 def _frame(drop_in: Any, described: str) -> tuple[Any, tuple[str, ...]]:
     """The drop-in with empty places for all that has weights, and their names, for the JSON of a configuration."""
-    # "magi" and flash are what the stock runs on; ours attends by SDPA, which every machine has
-    foreign = ("attn_implementation", "dtype")
+    # "magi" and flash are what the stock runs on, ours attends by SDPA, which every machine has; adapters are lent
+    foreign = ("attn_implementation", "dtype", "_lora")
     values = json.loads(
         described, object_hook=lambda part: {key: part[key] for key in part if not key.endswith(foreign)}
     )

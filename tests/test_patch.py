@@ -301,6 +301,7 @@ def test_adapters_count(stock, when, what):
     else:
         wrapper = stock
         stock.language_model, stock.vision_model = AdapterModel(stock.language_model), AdapterModel(stock.vision_model)
+        stock.config.use_llm_lora = stock.config.use_backbone_lora = 4  # as the stock's fine-tuning notes it
     adapters = [module for module in stock.modules() if isinstance(module, Adapter)]
     patch.revert(wrapper)
     settings = [{"max_new_tokens": 30, "generation_mode": case["generation_mode"]} for case in cases]
