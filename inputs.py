@@ -8,10 +8,9 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from .configuration import WINDOW, LocateAnythingConfig
 from .generation import Row, RowSettings
 from .sampling import SamplingParameters
-from .vision import PATCHES_A_PASS, read_images
+from .vision import PATCHES_A_PASS, place_of, read_images
 
 MODES = ("hybrid", "fast", "slow", "verified")
 ROWS_A_STEP = 32  # beyond, arithmetic takes all the time that memory traffic saves
@@ -40,8 +39,7 @@ _WITHOUT_EFFECT: dict[str, Any] = {
 # ---- prompts
 
 
-@dataclass(frozen=True)
-class Prompts:
+class Prompts(NamedTuple):
     """rows: each row's tokens without padding. slots: image slots of each row. input_ids: `[rows, L]`, padded left."""
 
     input_ids: torch.Tensor
@@ -93,53 +91,57 @@ def tensor_of(value: Any, name: str) -> torch.Tensor:
 # ---- settings
 
 
-@dataclass(frozen=True)
-class CallSettings:
-    """rows: of each prompt, before `sequences` (`num_return_sequences`) repeats it. stops: end-of-sequence ids beside
+class Call(NamedTuple):
+    """rows: of the answer, each prompt `sequences` (`num_return_sequences`) times. stops: end-of-sequence ids beside
     the rules' own im_end. config: the generation config without what `rows` says, for transformers' factories.
     """
 
-    rows: list[RowSettings]
+    rows: list[Row]
     sequences: int
     stops: frozenset[int]
     config: GenerationConfig
 
 
-def read_settings(
+def read_call(
     model: Any,
-    lengths: list[int],
+    prompts: Prompts,
     given: GenerationConfig | None,
     arguments: dict[str, Any],
     *,
     modes: str | Sequence[str],
     labels: bool | Sequence[bool],
+    generator: Any,
     tokenizer: Any,
-) -> CallSettings:
+    logits_processor: Sequence[Any] | None,
+    prefix_allowed_tokens_fn: Any,
+) -> Call:
     """Merges the sources of settings; the first that speaks wins: arguments, `given`, the model's generation config.
 
     `temperature` alone decides between greedy (0, the default) and sampling, as in the stock; `do_sample=True` means
     temperature 1.0 unless told, and `do_sample=False` greedy.
 
     Args:
-        lengths: tokens of each prompt. arguments: keyword arguments of `generate` that are not its own; those in
-            `_PER_ROW` may be a list with one value per row, None where none is given.
+        arguments: keyword arguments of `generate` that are not its own; those in `_PER_ROW` may be a list with one
+            value per row, None where none is given.
         tokenizer: of a stock call, which asks for text; as there, `do_sample` and the model's generation config are
             not looked at then, and no row grows beyond its `model_max_length`.
 
     Raises:
-        ValueError: an unknown argument, mode or value, a list of the wrong length, a prompt at or over its limit.
+        ValueError: an unknown argument, mode or value, a list of the wrong length, a prompt at or over its limit, a
+            generator of another device.
     """
     stock_call, cap = tokenizer is not None, model.config.text_config.max_position_embeddings
     cap = min(cap, getattr(tokenizer, "model_max_length", cap))  # a processor knows no length
-    rows, arguments = len(lengths), {name: value for name, value in arguments.items() if value is not None}
+    count, arguments = len(prompts.rows), {name: value for name, value in arguments.items() if value is not None}
     arguments.pop("labels", None)  # of a batch for training
     if not arguments.pop("use_cache", True):
         raise ValueError("use_cache=False: LocateAnything's windows need the cache; leave it on.")
     if arguments.pop("n_future_tokens", WINDOW) != WINDOW:
         raise ValueError(f"n_future_tokens: this model predicts {WINDOW} tokens at a time.")
-    argued = {name: _per_row(name, arguments.pop(name), rows) for name in _PER_ROW if name in arguments}
+    argued = {name: _per_row(name, arguments.pop(name), count) for name in _PER_ROW if name in arguments}
     sequences = arguments.pop("num_return_sequences", (given or model.generation_config).num_return_sequences or 1)
     check_number("num_return_sequences", sequences, whole=True, least=1)
+    sequences = int(sequences)
     config, unknown = model._prepare_generation_config(given, **arguments)
     for name, off in _WITHOUT_EFFECT.items():
         asked = unknown.pop(name, getattr(config, name, None))
@@ -156,39 +158,45 @@ def read_settings(
     spoken = {name: source.get(name) for name in _PER_ROW if not (stock_call and given is None)}
     if spoken.get("max_length") == 20:  # transformers' default is nobody's wish
         del spoken["max_length"]
-    least, least_new = config.min_length or 0, config.min_new_tokens or 0
-    check_number("min_length", least, whole=True, least=0)
-    check_number("min_new_tokens", least_new, whole=True, least=0)
     settings = []
-    for row, (mode, verified, length) in enumerate(
-        zip(_per_row("generation_mode", modes, rows), _per_row("verify_labels", labels, rows), lengths, strict=True)
+    for row, mode, verified in zip(
+        range(count), _per_row("generation_mode", modes, count), _per_row("verify_labels", labels, count), strict=True
     ):
         if mode not in MODES:
             raise ValueError(f"generation_mode={mode!r} is unknown; expected one of {', '.join(MODES)}.")
         if not isinstance(verified, bool):
             raise ValueError(f"verify_labels={verified!r}: expected True or False.")
         own = {name: values[row] for name, values in argued.items() if values[row] is not None}
-        told = {**spoken, **own}
-        settings.append(
-            RowSettings(
-                mode,
-                _limit(told, length, cap, row),
-                _sampling(own, told, stock_call),
-                least=max(least, length + least_new if least_new else 0),
-                # the other modes accept every token by next-token decoding anyway
-                verify_labels=verified and mode in ("hybrid", "fast"),
-            )
-        )
+        told, length = {**spoken, **own}, len(prompts.rows[row])
+        limit, sampling = _limit(told, length, cap, row), _sampling(own, told, stock_call)
+        least = max(config.min_length or 0, length + config.min_new_tokens if config.min_new_tokens else 0)
+        # the other modes accept every token by next-token decoding anyway
+        settings.append(RowSettings(mode, limit, sampling, least, verified and mode in ("hybrid", "fast")))
 
     if config.pad_token_id is None:
         config.pad_token_id = model.pad_token_id
     model._prepare_special_tokens(config, device="cpu")
     ends = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
     # what the rows' settings and the rules already do must not be done a second time by transformers' factories
-    config.eos_token_id = config._eos_token_tensor = config.max_length = config.max_new_tokens = None
+    config.eos_token_id = config._eos_token_tensor = config.max_new_tokens = None
     config.min_length = config.min_new_tokens = None
     config.do_sample, config.repetition_penalty, config.num_return_sequences = False, 1.0, 1
-    return CallSettings(settings, int(sequences), frozenset(ends) - {model.roles.end}, config)
+    rows, device = [], place_of(model.get_input_embeddings())
+    for index, draws in enumerate(_generators(generator, count * sequences, device)):
+        prompt, own_settings = prompts.rows[index // sequences], settings[index // sequences]
+        config.max_length = own_settings.limit
+        # transformers' factory builds whatever else the config asks for, some of it by prompt length
+        processors = model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=len(prompt),
+            encoder_input_ids=torch.tensor([prompt], device=device),
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            logits_processor=LogitsProcessorList(logits_processor or []),
+            device=device,
+        )
+        rows.append(Row(index, prompt, own_settings, processors, draws))
+    config.max_length = None
+    return Call(rows, sequences, frozenset(ends) - {model.roles.end}, config)
 
 
 def _per_row(name: str, value: Any, rows: int) -> list[Any]:
@@ -252,12 +260,8 @@ def _sampling(own: dict[str, Any], told: dict[str, Any], stock_call: bool) -> Sa
     )
 
 
-def read_generators(generator: Any, rows: int, device: torch.device) -> list[torch.Generator | None]:
-    """One per row, or None for each where one draws for all.
-
-    Raises:
-        ValueError: no generators, not as many as rows, or on another device than the rows' numbers.
-    """
+def _generators(generator: Any, rows: int, device: torch.device) -> list[torch.Generator | None]:
+    """One per row, or None for each where one draws for all."""
     shared = generator is None or isinstance(generator, torch.Generator)
     listed = [generator] if shared or not isinstance(generator, Sequence) else list(generator)
     for one in listed:
@@ -268,33 +272,6 @@ def read_generators(generator: Any, rows: int, device: torch.device) -> list[tor
     if not shared and len(listed) != rows:
         raise ValueError(f"generator has {len(listed)} generators for {rows} rows; expected one or one per row.")
     return [None] * rows if shared else listed
-
-
-def make_rows(
-    model: Any,
-    prompts: Prompts,
-    call: CallSettings,
-    generators: Sequence[torch.Generator | None],
-    logits_processor: Sequence[Any] | None,
-    prefix_allowed_tokens_fn: Any,
-    device: torch.device,
-) -> list[Row]:
-    rows = []
-    for index, generator in enumerate(generators):
-        prompt, settings = prompts.rows[index // call.sequences], call.rows[index // call.sequences]
-        call.config.max_length = settings.limit
-        # transformers' factory builds whatever else the config asks for, some of it by prompt length
-        processors = model._get_logits_processor(
-            generation_config=call.config,
-            input_ids_seq_length=len(prompt),
-            encoder_input_ids=torch.tensor([prompt], device=device),
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            logits_processor=LogitsProcessorList(logits_processor or []),
-            device=device,
-        )
-        rows.append(Row(index, prompt, settings, processors, generator))
-    call.config.max_length = None
-    return rows
 
 
 def rows_that_fit(model: Any, tokens: int, device: torch.device) -> int:

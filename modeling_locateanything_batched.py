@@ -22,14 +22,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Qwen2ForCausalLM
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.quantizers import AutoHfQuantizer
@@ -41,17 +35,7 @@ from .cuda_graphs import DecodeGraphs  # noqa: F401
 from .decoding import Phase  # noqa: F401
 from .generation import GenerationLoop
 from .grounding import DegenerateAnswerCriteria
-from .inputs import (
-    PromptFeatures,
-    check_number,
-    make_rows,
-    read_generators,
-    read_prompts,
-    read_settings,
-    rows_that_fit,
-    side_by_side,
-    texts_of,
-)
+from .inputs import PromptFeatures, check_number, read_call, read_prompts, rows_that_fit, side_by_side, texts_of
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, WindowAttention
 from .sampling import Sampler  # noqa: F401
 from .vision import ImageFeatures, MoonViTModel, place_of
@@ -422,32 +406,33 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             check_number("max_batch_rows", max_batch_rows, whole=True, least=1)
         # transformers' own stop_strings come with a tokenizer too, and with its contract
         as_text = tokenizer is not None and (verbose or kwargs.get("stop_strings") is None)
-        device = place_of(self.get_input_embeddings())
         prompts = read_prompts(input_ids if inputs is None else inputs, attention_mask, self.config, self.pad_token_id)
-        call = read_settings(
+        call = read_call(
             self,
-            [len(prompt) for prompt in prompts.rows],
+            prompts,
             generation_config,
             kwargs,
             modes=generation_mode,
             labels=verify_labels,
+            generator=generator,
             tokenizer=tokenizer if as_text else None,
+            logits_processor=logits_processor,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
         )
-        generators = read_generators(generator, len(prompts.rows) * call.sequences, device)
-        if streamer is not None and len(generators) > 1:
-            raise ValueError(f"streamer= follows one row; got {len(generators)}.")
+        if streamer is not None and len(call.rows) > 1:
+            raise ValueError(f"streamer= follows one row; got {len(call.rows)}.")
         features = PromptFeatures(self, prompts, call.sequences, pixel_values, image_grid_hws, visual_features)
-        rows = make_rows(self, prompts, call, generators, logits_processor, prefix_allowed_tokens_fn, device)
         criteria = StoppingCriteriaList(stopping_criteria or [])
+        device = place_of(self.get_input_embeddings())
         # accelerate's hooks move tensors about, which cannot be captured
         capturable = device.type == "cuda" and not any(hasattr(module, "_hf_hook") for module in self.modules())
         rows = GenerationLoop(
             self,
             features,
-            rows,
+            call.rows,
             self.roles,
             layers=self.config.text_config.num_hidden_layers,
-            slots=int(max_batch_rows or 0) or rows_that_fit(self, max(row.room for row in rows), device),
+            slots=int(max_batch_rows or 0) or rows_that_fit(self, max(row.room for row in call.rows), device),
             stops=call.stops,
             criteria=self._get_stopping_criteria(call.config, criteria, tokenizer),
             streamer=streamer,
