@@ -1,55 +1,57 @@
 # Copyright 2026 The LocateAnything-batched authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The processor: pictures and questions → tensors (checkpoint.md, "Image preprocessing", "Prompt"), and back."""
+"""The processor: conversations and pictures → model inputs (docs/checkpoint.md, "Prompt"); answers: grounding.py."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from hashlib import blake2b
-from itertools import chain
+from dataclasses import dataclass
+from itertools import islice
+from numbers import Real
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
-from transformers import BatchFeature
+from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration import TokenRoles  # noqa: F401, grounding names it, and transformers 4.57 copies only what is here
-from .conversations import (
-    Placeholders,
-    Vision,
-    prompt_text,
-    read_conversations,
-    refuse_repeated,
-    video_of,
-)
 from .grounding import TURN_END, TURN_START, GroundingMixin
-from .image_processing import (
-    LocateAnythingImageProcessor,
-    Source,
-    as_batch,
-    image_layout,
-    is_list,
-)
-from .keywords import Options, refuse_unknown
-from .layouts import Plan, deal, frame_captions, ordinal, read_texts, video_layout
-from .media import load_image, load_video, shorten
+from .image_processing import LocateAnythingImageProcessor, is_list, load_image, load_video
 
-# What stands for "unknown" where the published processor reports a frame's time.
-UNKNOWN_TIME = -1
-UNKNOWN_FPS = 2.0
-MAX_DIGITS = 9  # of the K of <image-K>
+# The model card's prompt, of a conversation as `LocateAnythingProcessor._typed` leaves it.
+CARD_TEMPLATE = r"""
+{%- if messages[0].role != 'system' -%}
+  {{ '<|im_start|>system\nYou are a helpful assistant.\n<|im_end|>\n' }}
+{%- endif -%}
+{%- for message in messages -%}
+  {{ '<|im_start|>' ~ message.role ~ '\n' }}
+  {%- set words = message.content | map(attribute='text') | join ~ '<|im_end|>' -%}
+  {%- if message.role == 'assistant' -%}
+    {%- generation -%}{{ words }}{%- endgeneration -%}
+  {%- else -%}
+    {{ words }}
+  {%- endif -%}
+  {{ '\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}
+"""
+RENDERING = ("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask")
+PADDING = ("padding", "padding_side", "max_length", "pad_to_multiple_of")
+OFFSETS = ("return_offsets_mapping", "return_text_replacement_offsets")
+KEYWORDS = {*PADDING, *OFFSETS, "add_special_tokens", "fps", "return_tensors", "timestamps", "truncation"}
+GROUPS = ("common_kwargs", "images_kwargs", "text_kwargs", "videos_kwargs")
+
+Images = list[Image.Image]
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 
 class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
-    """Conversations to model inputs, and answers to boxes and points.
+    """Conversations to model inputs, and answers to boxes and points, by the model card's calls and transformers'.
 
-    It serves the model card's calls (`py_apply_chat_template`, `process_vision_info`, `processor(text=…, images=…)`,
-    `batch_decode`) and transformers' (`apply_chat_template`, `post_process_image_text_to_text`); both write the
-    card's prompt. Batches are padded on the left, whatever the tokenizer's files say.
+    Batches are padded on the left, whatever the tokenizer's files say. A streamer that skips special tokens is given
+    the processor itself: its tokenizer would drop the answer's coordinates with them.
 
     Args:
         image_processor, tokenizer: as `from_pretrained` loads them.
@@ -58,17 +60,23 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         image_token, video_token: the slot that an image feature replaces.
         image_start_token, image_end_token: what encloses an image's slots.
         image_placeholder, video_placeholder: the words of `<image-1>` and `<video-1>`.
-        patch_size, merge_kernel_size: the image processor's, where given.
 
     Raises:
-        ValueError: a patch_size or merge_kernel_size that is not the image processor's, a token that the tokenizer
-            does not have, a placeholder that is no word, or coordinates whose ids are not in a row.
+        ValueError: a token that the tokenizer does not have.
     """
 
     if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4.57 is told, 5.x reads the signature
         attributes = ["image_processor", "tokenizer"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
+
+        @classmethod
+        def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> list[Any]:
+            """4.57 would look for a fast image processor, fail on 5.x's list of extra tokens, and warn of Mistral."""
+            LocateAnythingImageProcessor.register_for_auto_class()
+            images = LocateAnythingImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            kwargs = {"extra_special_tokens": {}, "fix_mistral_regex": False, **kwargs}
+            return [images, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
 
     def __init__(
         self,
@@ -81,218 +89,150 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         image_end_token: str = "</img>",
         image_placeholder: str = "image",
         video_placeholder: str = "video",
-        patch_size: int | None = None,
-        merge_kernel_size: Sequence[int] | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        for name, word in {
-            "image_token": image_token,
-            "video_token": video_token,
-            "image_start_token": image_start_token,
-            "image_end_token": image_end_token,
-            "image_placeholder": image_placeholder,
-            "video_placeholder": video_placeholder,
-        }.items():
-            if not isinstance(word, str) or not word:
-                raise ValueError(f"{name}: got {word!r}; expected a text.")
-            if name.endswith("token") and word not in tokenizer.get_added_vocab():
-                raise ValueError(
-                    f"tokenizer: has no token {word!r} of its own, the {name}; expected LocateAnything's."
-                )
-        if image_placeholder == video_placeholder:
-            raise ValueError(
-                f"video_placeholder: got {video_placeholder!r}, the image_placeholder's; expected another."
-            )
-        most = tokenizer.model_max_length
-        if not isinstance(most, (int, float)) or not most >= 1:
-            raise ValueError(f"tokenizer: its model_max_length is {most!r}; expected a number of 1 or more.")
-        if patch_size not in (None, image_processor.patch_size):
-            raise ValueError(f"patch_size: got {patch_size}; the image processor's is {image_processor.patch_size}.")
-        merge = image_processor.merge_kernel_size
-        if merge_kernel_size is not None and (
-            not is_list(merge_kernel_size) or list(merge_kernel_size) != list(merge)
-        ):
-            raise ValueError(f"merge_kernel_size: got {merge_kernel_size}; the image processor's is {merge}.")
+        ids = tokenizer.get_added_vocab()
+        for token in (image_token, video_token, image_start_token, image_end_token, TURN_START, TURN_END):
+            if token not in ids:
+                raise ValueError(f"tokenizer: has no token {token!r} of its own; expected LocateAnything's.")
         self.image_token = image_token
         self.video_token = video_token
+        self.image_token_id, self.video_token_id = ids[image_token], ids[video_token]
         self.image_start_token = image_start_token
         self.image_end_token = image_end_token
         self.image_placeholder = image_placeholder
         self.video_placeholder = video_placeholder
-        self.patch_size = image_processor.patch_size
-        self.merge_kernel_size = list(image_processor.merge_kernel_size)
-        self.image_token_id, self.video_token_id = map(self._id_of, (image_token, video_token))
-        for token in (TURN_START, TURN_END):
-            self._id_of(token)
-        self._refuse_other_coordinates()
-        self._slot_tokens = (image_token, video_token)
         tokenizer.padding_side = "left"
         # transformers' advice to pad in the call, which threads that share a tokenizer must not
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
-        self._run = re.compile(
-            f"{re.escape(image_start_token)}((?:{re.escape(image_token)})+){re.escape(image_end_token)}"
-        )
-        self._placeholders = Placeholders(image_placeholder, video_placeholder)
+        kinds = "|".join(map(re.escape, (image_placeholder, video_placeholder)))
+        self._placeholder = re.compile(f"<({kinds})-([0-9]{{1,9}})>")
+        start, slot, end = map(re.escape, (image_start_token, image_token, image_end_token))
+        self._mark = re.compile(f"{self._placeholder.pattern}|{start}(?:{slot})+{end}")
 
-    @property
-    def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "image_grid_hws"]
-
-    # ------------------------------------------------------------------------------------------ conversations
-
-    def py_apply_chat_template(
-        self, messages: Sequence[Any], tokenize: bool = False, add_generation_prompt: bool = False
-    ) -> str | list[str]:
-        """The model card's prompt text (checkpoint.md, "Prompt").
-
-        Args:
-            messages: a conversation, a list of `{"role": …, "content": …}`, or a list of conversations. Content is a
-                text or a list of texts and of items with `text`, an image (`image`, `image_url`, or type "image" with
-                `url`, `path`, `base64`) or a `video` (a list of frames). Where an image stands, `<image-K>` is
-                written, K counting over the conversation, unless a user's text names `<image-K>` already, which it may
-                do once.
-            tokenize: must be False; `apply_chat_template` tokenises.
-            add_generation_prompt: end with the opening of the assistant's turn.
-
-        Returns:
-            The text, or a list of texts for a list of conversations.
-
-        Raises:
-            ValueError: no messages, or one that is not laid out like this, or that holds `<|im_start|>`, `<|im_end|>`
-                or the image token, or `<image-K>` a second time: no question can open a turn, end one or add an image.
-        """
-        if tokenize:
-            raise ValueError("tokenize: got True; use apply_chat_template(…, tokenize=True), or call the processor.")
-        conversations, is_batch = read_conversations(messages, self._slot_tokens)
-        texts = [prompt_text(each, self._placeholders, add_generation_prompt) for each in conversations]
-        self._refuse_repeated(texts)
-        return texts if is_batch else texts[0]
-
-    def process_vision_info(
-        self,
-        messages: Sequence[Any],
-        return_video_kwargs: bool = False,
-        video_reader_backend: str | None = None,
-    ) -> tuple[Any, ...]:
-        """The images and videos of a conversation, or of a list of them, in order of appearance.
-
-        Args:
-            messages: as for `py_apply_chat_template`. Image items hold anything `media.load_image` takes.
-            return_video_kwargs: also return the frames' rates and times.
-            video_reader_backend: accepted for scripts written for the model card; videos are given as frames here.
-
-        Returns:
-            A list of RGB images or None, and a list of videos (lists of RGB images) or None. With
-            `return_video_kwargs` also `{"fps": [per video], "timestamps": [[seconds per frame] per video]}`, from the
-            items' `fps` and `timestamps`, or else as the published processor fills them: 2.0 and -1.
-
-        Raises:
-            ValueError: a message that is not laid out as expected, or an image or frame that cannot be read.
-        """
-        vision = [Vision.of(conversation) for conversation in read_conversations(messages, self._slot_tokens)[0]]
-        items = [item for row in vision for item in row.videos]
-        images = [load_image(item) for row in vision for item in row.images]
-        videos = [load_video(video_of(item)) for item in items]
-        found = images or None, videos or None
-        if not return_video_kwargs:
-            return found
-        return *found, {
-            "fps": [item.get("fps") or UNKNOWN_FPS for item in items],
-            "timestamps": [
-                item.get("timestamps") or [UNKNOWN_TIME] * len(frames)
-                for item, frames in zip(items, videos, strict=True)
-            ],
-        }
+    def py_apply_chat_template(self, messages: Sequence[Any], **kwargs: Any) -> Any:
+        """The model card's name for `apply_chat_template`."""
+        return self.apply_chat_template(messages, **kwargs)
 
     def apply_chat_template(
         self,
         conversation: Sequence[Any],
         chat_template: str | None = None,
-        tools: Any = None,
-        documents: Any = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        *,
         tokenize: bool = False,
         return_dict: bool = False,
-        return_tensors: str | None = "auto",
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' call: a conversation, or a list of them, to text or to model inputs.
+        """A conversation, or a list of them, to the model card's prompt (docs/checkpoint.md), or to model inputs.
 
         Args:
-            conversation: as for `py_apply_chat_template`, whose text it makes.
-            chat_template: a Jinja template to render instead, with `tools`, `documents` and keywords as variables.
-            add_generation_prompt: end with the opening of the assistant's turn.
-            continue_final_message: leave the last message open, for the model to go on with it.
+            conversation: a list of `{"role": …, "content": …}`, or a list of such lists. Content is a text or a list
+                of texts and of items with a `text`, an image (`image`, `image_url`, or type "image" with a key that
+                `load_image` takes) or a `video` (`fps` and `timestamps` beside it). Where an image stands,
+                `<image-K>` is written, K counting over the conversation, unless a user's text names it, once.
+            chat_template: a Jinja template to render instead of the card's prompt.
             tokenize: return what the processor makes of the text and the conversations' images and videos.
-            return_dict: with `tokenize`: all of it, and not only `input_ids`.
-            return_tensors: "pt", "np", or None for lists; "auto" is "pt" with `return_dict`.
-            processor_kwargs, **kwargs: passed to the processor (`padding=True`, …).
+            return_dict: with `tokenize`: all of it, as tensors if not told otherwise, and not only `input_ids`.
+            processor_kwargs: keywords of the processor's call (`{"padding": True}`); they may also stand flat.
+            **kwargs: transformers' own (`add_generation_prompt`, `continue_final_message`,
+                `return_assistant_tokens_mask`), and variables that the template reads (`tools`, `documents`, …).
 
         Returns:
             A text, or a list for a list of conversations; with `tokenize`, `input_ids` or a BatchFeature.
 
         Raises:
-            ValueError: as `py_apply_chat_template` and the processor's call do.
-            TypeError: an unknown keyword.
+            ValueError: no messages, or one that is not laid out like this, or that holds `<|im_start|>`, `<|im_end|>`
+                or the image token, or `<image-K>` a second time: no question can open a turn, end one or add an image.
+            TypeError: a keyword that neither the processor nor the template has.
         """
-        if add_generation_prompt and continue_final_message:
-            raise ValueError("continue_final_message and add_generation_prompt: got both; the last turn ends or not.")
-        extras = {name: value for name, value in (("tools", tools), ("documents", documents)) if value is not None}
-        conversations, is_batch = read_conversations(conversation, self._slot_tokens)
-        if processor_kwargs is not None and not isinstance(processor_kwargs, Mapping):
-            raise ValueError(
-                f"processor_kwargs: got a {type(processor_kwargs).__name__}; expected a dict of keywords."
-            )
-        call = {**kwargs, **(processor_kwargs or {})}
-        if return_tensors != "auto":
-            call["return_tensors"] = return_tensors
-        if chat_template is None:
-            refuse_unknown(extras, set(), "the model card's prompt")
-            texts = [
-                prompt_text(each, self._placeholders, add_generation_prompt, continue_final_message)
-                for each in conversations
-            ]
-        else:
-            extras.update((name, call.pop(name)) for name in kwargs if name not in Options.KNOWN)
-            texts = super().apply_chat_template(
-                conversations,
-                chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **extras,
-            )
-        self._refuse_repeated(texts)
+        conversations, is_batch = self._conversations(conversation)
+        template = CARD_TEMPLATE if chat_template is None else chat_template
+        # what the template does not read is the processor's, as in transformers 5
+        ours = [name for name in kwargs if name in KEYWORDS or not re.search(rf"\b{name}\b", f"{template}{RENDERING}")]
+        call = _read_keywords({**{name: kwargs.pop(name) for name in ours}, **(processor_kwargs or {})})
+        call.setdefault("return_tensors", "pt" if return_dict else None)
+        call["return_offsets_mapping"] = kwargs.get("return_assistant_tokens_mask", False)
 
-        vision = [Vision.of(c) for c in conversations]
-        videos = [item for row in vision for item in row.videos]
-        for name in ("fps", "timestamps"):
-            told = [item.get(name) for item in videos]
-            given = {**(call.get("videos_kwargs") or {}), **call}
-            if name not in given and any(value is not None for value in told):
-                call[name] = told
-        options = Options.of(call)
-        if return_tensors == "auto" and return_dict and options.return_tensors is None:
-            options = replace(options, return_tensors="pt")
+        texts = super().apply_chat_template(conversations, template, **kwargs)
+        for index, text in enumerate(texts):
+            named = Counter((found[1], int(found[2])) for found in self._placeholder.finditer(text))
+            if twice := [f"<{kind}-{number}>" for (kind, number), count in named.items() if count > 1]:
+                raise ValueError(
+                    f"conversation {index}: has {twice[0]!r} more than once, and would show it as often; write it "
+                    f"where it stands, or not at all, and other mentions as {twice[0].replace('-', ' ')}."
+                )
         if not tokenize:
             return texts if is_batch else texts[0]
-        inputs = self._inputs(
-            texts,
-            [self._plan(text, f"conversation {index}") for index, text in enumerate(texts)],
-            [
-                [Source(f"conversation {i}, image {k + 1}", item) for k, item in enumerate(row.images)]
-                for i, row in enumerate(vision)
-            ],
-            [
-                [Source(f"conversation {i}, video {k + 1}", video_of(item)) for k, item in enumerate(row.videos)]
-                for i, row in enumerate(vision)
-            ],
-            options,
-        )
-        return inputs if return_dict else inputs["input_ids"]
+        kwargs |= {"tokenize": True, "return_dict": return_dict, "return_tensors": call["return_tensors"]}
+        kwargs["processor_kwargs"] = {"common_kwargs": call}  # flat, 5.x would read into them
+        return super().apply_chat_template(conversations, template, **kwargs)
 
-    # ------------------------------------------------------------------------------------------ model inputs
+    def process_vision_info(
+        self, messages: Sequence[Any], return_video_kwargs: bool = False, video_reader_backend: str | None = None
+    ) -> tuple[Any, ...]:
+        """The images and videos of a conversation, or of a list of them, in order of appearance.
+
+        Args:
+            messages: as for `apply_chat_template`.
+            return_video_kwargs: also return the frames' rates and times.
+            video_reader_backend: accepted for scripts written for the model card; videos are given as frames here.
+
+        Returns:
+            A list of RGB images or None, a list of videos (lists of RGB images) or None; with `return_video_kwargs`
+            also `{"fps": [per video], "timestamps": [[seconds per frame] per video]}`, 2.0 and -1 where not known.
+
+        Raises:
+            ValueError: a message that is not laid out as expected, or an image or frame that cannot be read.
+        """
+        messages = [message for conversation in self._conversations(messages)[0] for message in conversation]
+        items = [item for message in messages for item in message["content"]]
+        images = [self._load("image", item["image"]) for item in items if item["type"] == "image"]
+        clips = [self._load_clip("video", item["video"]) for item in items if item["type"] == "video"]
+        fps = [clip.fps or 2.0 for clip in clips]
+        timestamps = [clip.timestamps or [-1] * len(clip.frames) for clip in clips]
+        found = images or None, [clip.frames for clip in clips] or None
+        return (*found, {"fps": fps, "timestamps": timestamps}) if return_video_kwargs else found
+
+    def _conversations(self, messages: Any) -> tuple[list[list[dict[str, Any]]], bool]:
+        """The conversations of a call, typed, and whether it was a list of them."""
+        is_batch = is_list(messages) and len(messages) > 0 and is_list(messages[0])
+        conversations = messages if is_batch else [messages]
+        return [self._typed(each, f"conversation {index}") for index, each in enumerate(conversations)], is_batch
+
+    def _typed(self, conversation: Any, name: str) -> list[dict[str, Any]]:
+        """A conversation whose contents are lists of items with a `type` (text, image or video) and a `text`, which
+        for an image or a video is its placeholder, or empty where a user's text names that."""
+        if not is_list(conversation) or not conversation:
+            raise ValueError(f"messages: got a {type(conversation).__name__} as {name}; expected a list of messages.")
+        typed: list[dict[str, Any]] = []
+        named: set[str] = set()
+        marks = (TURN_START, TURN_END, self.image_token, self.video_token)
+        for message in conversation:
+            role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
+            if not isinstance(role, str) or not isinstance(content, (str, list, tuple)):
+                raise ValueError(
+                    f"{name}: got a message with a {type(role).__name__} as role and a {type(content).__name__} as "
+                    "content; expected a text, and a text or a list of items."
+                )
+            items = [_typed_item(item) for item in ([content] if isinstance(content, str) else content or [""])]
+            typed.append({**message, "content": items})
+            texts = [item["text"] for item in items if item["type"] == "text"]
+            if role == "user":
+                named.update(found[0] for text in texts for found in self._placeholder.finditer(text))
+            # an assistant's message may be an answer as the model gave it
+            written = f"{role}\n{''.join(texts)}".removesuffix(TURN_END if role == "assistant" else "")
+            if held := [mark for mark in marks if mark in written]:
+                raise ValueError(
+                    f"{name}: a {role[:20]!r} message holds {held[0]}, a mark of the prompt; put a space into it."
+                )
+        words = {"image": self.image_placeholder, "video": self.video_placeholder}
+        counts: Counter[str] = Counter()
+        for item in (item for message in typed for item in message["content"] if item["type"] in words):
+            counts[item["type"]] += 1
+            placeholder = f"<{words[item['type']]}-{counts[item['type']]}>"
+            item["text"] = "" if placeholder in named else placeholder
+        return typed
 
     def __call__(
         self,
@@ -305,173 +245,235 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         """Texts with placeholders and their images to model inputs.
 
         `<image-K>` becomes `<image K><img>…</img>` with one slot for each image token, `<video-K>` the frames' images
-        under the words the model was trained on (checkpoint.md, "Prompt"); K restarts in every text. A text without
-        placeholders may hold its slots already, where they fit its images.
+        under the words the model was trained on (docs/checkpoint.md, "Prompt"); K restarts in every text. A text
+        without placeholders may hold its slots already, where they fit its images. Equal pictures, in one text or
+        several, are preprocessed once.
 
         Args:
             images: one image, a list (each text takes as many, in order, as its highest K), or a list of one list
-                per text. Anything `media.load_image` takes.
+                per text. Anything `load_image` takes.
             text: a text or a list of texts.
-            videos: a video (a list of frames, or anything `media.load_video` takes), a list of videos, or a list of
-                one list of videos per text; taken like the images.
-            audio: must be None; part of transformers' signature.
-            **kwargs: flat or in `text_kwargs`, `videos_kwargs`, …: `padding` (default: several texts are padded, on
-                the left, where tensors are asked for), `padding_side`, `max_length` (to pad to), `pad_to_multiple_of`,
-                `add_special_tokens`, `return_tensors` ("pt", "np"), and per video over all texts `fps` (frames a
-                second) and `timestamps` (a list of seconds per frame).
+            videos: a video (what `load_video` takes, or an item with it as `video`, and `fps` and `timestamps`), a
+                list of videos, or a list of one list of videos per text; taken like the images.
+            audio: None.
+            **kwargs: flat or in `text_kwargs`, `videos_kwargs`, … (the flat one counts): `padding` (default: several
+                texts are padded, on the left, where tensors are asked for), `padding_side`, `max_length` (to pad to),
+                `pad_to_multiple_of`, `add_special_tokens`, `return_tensors` ("pt", "np"), `return_offsets_mapping`,
+                and per video over all texts `fps` (frames a second) and `timestamps` (a list of seconds per frame).
 
         Returns:
             input_ids, attention_mask: `[rows, length]` int64 with return_tensors, else lists. Where there are images,
             pixel_values float32 `[patches, 3, patch_size, patch_size]` and image_grid_hws int64 `[images, 2]`, both in
-            the order of the slots.
+            the order of the slots. With `return_offsets_mapping` also offset_mapping `[rows, length, 2]`: where in
+            the text as given a token stands, in characters; an image's slots stand at its placeholder.
 
         Raises:
             ValueError: no text, a placeholder without an image, an image that no placeholder uses, slots that do not
                 fit, an image that cannot be used, truncation.
             TypeError: an unknown keyword.
         """
-        options = Options.of(kwargs)
+        # transformers 4.57's apply_chat_template hands on its template's variables beside them
+        options = _read_keywords(kwargs.get("processor_kwargs", kwargs))
         if audio is not None:
             raise ValueError("audio: got some; LocateAnything takes images and videos only.")
-        texts = read_texts(text)
-        plans = [self._plan(row, f"text {index}") for index, row in enumerate(texts)]
-        pictures = deal("images", image_layout(images), [plan.images for plan in plans])
-        clips = deal("videos", video_layout(videos), [plan.videos for plan in plans])
-        return self._inputs(texts, plans, pictures, clips, options)
+        texts = [text] if isinstance(text, str) else text
+        if not is_list(texts) or not texts or not all(isinstance(row, str) for row in texts):
+            raise ValueError(f"text: got a {type(text).__name__}; expected a text, or a list of at least one.")
+        asked = [self._numbers(row, f"text {index}") for index, row in enumerate(texts)]
+        shots = _deal("images", images, _is_image, [numbers for numbers, _ in asked], self._load)
+        clips = _deal("videos", videos, _is_video, [numbers for _, numbers in asked], self._load_clip)
+        _tell_times([clip for row in clips for clip in row], options)
+        rows = list(map(self._expand, texts, shots, clips))
+        data = self._tokenize([text for text, _, _ in rows], [origin for _, origin, _ in rows], options)
+        shown = [image for _, _, images in rows for image in images]
+        if shown:
+            data |= self.image_processor.encode(shown)
+        return BatchFeature(data, tensor_type=options.get("return_tensors"))
 
-    def _refuse_repeated(self, texts: Sequence[str]) -> None:
-        for index, text in enumerate(texts):
-            refuse_repeated(text, self._placeholders, f"conversation {index}")
-
-    def _plan(self, text: str, name: str) -> Plan:
+    def _numbers(self, text: str, name: str) -> tuple[list[int], list[int]]:
+        """The numbers of a text's images and of its videos, in order; ready runs of slots count from 1."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{name}: holds {text[error.start]!r} at {error.start}, half of a character; expected valid Unicode."
-            ) from None
-        numbers: dict[str, list[int]] = {self.image_placeholder: [], self.video_placeholder: []}
-        for placeholder in self._placeholders.pattern.finditer(text):
-            if len(placeholder[2].lstrip("0")) > MAX_DIGITS:
-                raise ValueError(f"{name}: names {shorten(placeholder[0], 30)}; there are not as many images.")
-            number = int(placeholder[2].lstrip("0") or "0")
-            if number < 1:
-                raise ValueError(f"{name}: holds {placeholder[0]}; placeholders count from 1.")
-            numbers[placeholder[1]].append(number)
-        images, videos = numbers.values()
+            raise ValueError(f"{name}: holds half of a character at {error.start}; expected valid Unicode.") from None
+        marks = list(self._mark.finditer(text))
+        images = [int(mark[2]) for mark in marks if mark[1] == self.image_placeholder]
+        videos = [int(mark[2]) for mark in marks if mark[1] == self.video_placeholder]
+        runs = [mark[0] for mark in marks if not mark[1]]
         slots = text.count(self.image_token)
-        if not slots:
-            return Plan(name, tuple(images), tuple(videos))
-        runs = tuple(len(run[1]) // len(self.image_token) for run in self._run.finditer(text))
-        if images or videos or sum(runs) != slots:
+        if slots and (images or videos or slots != "".join(runs).count(self.image_token)):
             raise ValueError(
                 f"{name}: holds {slots} {self.image_token}, which stand for an image's features; expected only "
                 f"placeholders like <{self.image_placeholder}-1>, or the processor's own expansion of all of them."
             )
-        return Plan(name, tuple(range(1, len(runs) + 1)), (), runs)
+        return images or list(range(1, len(runs) + 1)), videos
 
-    def _inputs(
-        self,
-        texts: list[str],
-        plans: list[Plan],
-        images: list[list[Source]],
-        videos: list[list[Source]],
-        options: Options,
-    ) -> BatchFeature:
-        for plan, pictures, clips in zip(plans, images, videos, strict=True):
-            plan.check(self.image_placeholder, plan.image_numbers, len(pictures))
-            plan.check(self.video_placeholder, plan.video_numbers, len(clips))
-        rates, times = options.per_video(sum(map(len, videos)))
+    def _load(self, name: str, value: Any, load: Callable[..., Any] = load_image) -> Any:
+        """An image, or with `load_video` the frames of a video, that the model can take; errors begin with `name`."""
+        try:
+            loaded = load(value, upright=self.image_processor.upright)
+            for image in loaded if is_list(loaded) else [loaded]:
+                self.image_processor.grid_of(image.height, image.width)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        return loaded
 
-        shots = [[self._frames(source, load_image) for source in row] for row in images]
-        reels = [[self._frames(source, load_video) for source in row] for row in videos]
-        captions = zip(rates, times, chain(*videos), strict=True)
-        rows = []
-        for plan, text, row_shots, row_reels in zip(plans, texts, shots, reels, strict=True):
-            told = [frame_captions(len(frames), *next(captions)) for frames in row_reels]
-            rows.append(self._expand(plan, text, row_shots, row_reels, told))
+    def _load_clip(self, name: str, value: Any) -> Clip:
+        item = value if isinstance(value, Mapping) else {"video": value}
+        return Clip(self._load(name, item["video"], load_video), item.get("fps"), item.get("timestamps"))
 
-        slots = [sum(map(self._tokens_of, shown)) for _, shown in rows]
-        data = self._tokenize([text for text, _ in rows], slots, options)
-        shown = [image for _, row in rows for image in row]
-        if shown:
-            # equal pictures, at several places or in several rows, are preprocessed once
-            keys = [(image.size, blake2b(image.tobytes()).digest()) for image in shown]
-            distinct = dict(zip(keys, shown, strict=True))
-            encoded = {key: self.image_processor.patchify(image) for key, image in distinct.items()}
-            patches, grids = zip(*map(encoded.__getitem__, keys), strict=True)
-            data["pixel_values"] = torch.cat(patches)
-            data["image_grid_hws"] = torch.tensor(grids, dtype=torch.long)
-        return as_batch(data, options.return_tensors)
-
-    def _frames(self, source: Source, load: Callable[[Any], Any]) -> list[Image.Image]:
-        loaded = source.load(load)
-        frames = loaded if is_list(loaded) else [loaded]
-        for frame in frames:
-            self.image_processor.grid_of(frame.height, frame.width, source.name)
-        return frames
-
-    def _expand(
-        self,
-        plan: Plan,
-        text: str,
-        shots: list[list[Image.Image]],
-        reels: list[list[Image.Image]],
-        captions: list[list[str]],
-    ) -> tuple[str, list[Image.Image]]:
-        """The text with its slots, and the images that fill them, in order."""
-        if plan.runs:
-            pictures = list(chain(*shots))
-            tokens = tuple(map(self._tokens_of, pictures))
-            if tokens != plan.runs:
-                raise ValueError(f"{plan.name}: holds runs of {plan.runs} image slots; its images need {tokens}.")
-            return text, pictures
-        shown: list[Image.Image] = []
-
-        def expansion(placeholder: re.Match[str]) -> str:
-            number = int(placeholder[2].lstrip("0"))
-            if placeholder[1] == self.image_placeholder:
-                words, frames = [f"<{self.image_placeholder} {number}>"], shots[number - 1]
+    def _expand(self, text: str, images: Images, clips: list[Clip]) -> tuple[str, list[int], Images]:
+        """The text with its slots; where each of its characters was in `text`, and one behind; the images shown."""
+        words: list[str] = []
+        origin: list[int] = []
+        shown: Images = []
+        ready, done = iter(images), 0
+        for mark in self._mark.finditer(text):
+            kind, number = mark[1], int(mark[2] or 0)
+            if kind == self.video_placeholder:
+                frames, captions = clips[number - 1].frames, clips[number - 1].captions(number)
             else:
-                words, frames = captions[number - 1], reels[number - 1]
-                words = [f"The {ordinal(number)} video{words[0]}", *words[1:]]
-            shown.extend(frames)
-            return "".join(word + self._slots_of(frame) for word, frame in zip(words, frames, strict=True))
-
-        return self._placeholders.pattern.sub(expansion, text), shown
-
-    def _tokens_of(self, image: Image.Image) -> int:
-        return self.image_processor.get_number_of_image_tokens(image.height, image.width)
+                frames = [images[number - 1] if kind else next(ready)]
+                captions = [f"<{kind} {number}>" if kind else ""]
+            slots = "".join(caption + self._slots_of(frame) for caption, frame in zip(captions, frames, strict=True))
+            if not kind and slots != mark[0]:
+                have, need = (run.count(self.image_token) for run in (mark[0], slots))
+                raise ValueError(f"text: holds a run of {have} image slots; its image needs {need}.")
+            words += [text[done : mark.start()], slots]
+            origin += [*range(done, mark.start()), *[mark.start()] * len(slots)]
+            shown += frames
+            done = mark.end()
+        return "".join([*words, text[done:]]), [*origin, *range(done, len(text) + 1)], shown
 
     def _slots_of(self, image: Image.Image) -> str:
-        return f"{self.image_start_token}{self.image_token * self._tokens_of(image)}{self.image_end_token}"
+        count = self.image_processor.get_number_of_image_tokens(image.height, image.width)
+        return f"{self.image_start_token}{self.image_token * count}{self.image_end_token}"
 
-    def _tokenize(self, texts: list[str], slots: list[int], options: Options) -> dict[str, Any]:
+    def _tokenize(self, texts: list[str], origins: list[list[int]], options: Mapping[str, Any]) -> dict[str, Any]:
+        tensors = options.get("return_tensors")
         # padded by `pad`, which is Python: a call would set the padding of the tokenizer that threads share
-        rows = self.tokenizer(texts, padding=False, add_special_tokens=options.special, return_attention_mask=True)
-        for index, (row, expected) in enumerate(zip(rows["input_ids"], slots, strict=True)):
-            found = int((np.asarray(row) == self.image_token_id).sum())
-            if found != expected:
-                raise ValueError(f"text {index}: was tokenised to {found} image slots; its images need {expected}.")
-        padding = {"padding": len(texts) > 1 and options.return_tensors is not None, **options.padding}
-        data = {name: rows[name] for name in ("input_ids", "attention_mask")}
-        return dict(self.tokenizer.pad(data, return_tensors=options.return_tensors, **padding))
+        rows = self.tokenizer(
+            texts,
+            padding=False,
+            add_special_tokens=options.get("add_special_tokens", True),
+            return_attention_mask=True,
+            return_offsets_mapping=options.get("return_offsets_mapping", False),
+        )
+        self._check_special_mm_tokens(texts, rows, modalities=["image"])
+        padding = {"padding": len(texts) > 1 and tensors is not None}
+        padding |= {name: options[name] for name in PADDING if name in options}
+        unpadded = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        data = dict(self.tokenizer.pad(unpadded, return_tensors=tensors, **padding))
+        if "offset_mapping" in rows:
+            left = padding.get("padding_side", "left") == "left"
+            data["offset_mapping"] = []
+            for ids, spans, origin in zip(data["input_ids"], rows["offset_mapping"], origins, strict=True):
+                told = [(origin[a], origin[max(a, b - 1)] + (b > a)) for a, b in spans]
+                blank = [(0, 0) if left else (origin[-1], origin[-1])] * (len(ids) - len(told))
+                data["offset_mapping"].append(blank + told if left else told + blank)
+        return data
 
-    def _id_of(self, token: str) -> int:
-        index = self.tokenizer.convert_tokens_to_ids(token)
-        if index is None or index == self.tokenizer.unk_token_id:
-            raise ValueError(f"tokenizer: has no token {token!r}; expected LocateAnything's tokenizer.")
-        return index
 
-    def _refuse_other_coordinates(self) -> None:
-        """The model gives coordinates as ids in a row; read by other words, every box would be another."""
-        ids = self.tokenizer.convert_tokens_to_ids([f"<{value}>" for value in range(1001)])
-        first = self._id_of("<0>")
-        for coordinate, index in enumerate(ids):
-            if index != first + coordinate:
-                raise ValueError(
-                    f"tokenizer: <{coordinate}> has the id {index}; expected {first + coordinate}, as <0> has {first}."
-                )
+@dataclass
+class Clip:
+    """A video: its frames, how many there are a second, and when each was, in seconds; None where it is not known."""
+
+    frames: Images
+    fps: float | None
+    timestamps: Sequence[float] | None
+
+    def captions(self, number: int) -> list[str]:
+        """What is written before each frame of a prompt's `number`th video."""
+        if number > len(ORDINALS):
+            raise ValueError(f"videos: a text names {number}; the model knows {len(ORDINALS)} in one prompt.")
+        if self.timestamps is not None and len(self.timestamps) != len(self.frames):
+            raise ValueError(f"timestamps: got {len(self.timestamps)} for a video of {len(self.frames)} frames.")
+        if not all(isinstance(each, Real) and abs(each) < 1e9 for each in (self.fps or 0, *(self.timestamps or ()))):
+            raise ValueError(f"fps: got {self.fps!r} with timestamps {self.timestamps!r}; expected numbers, or None.")
+        rate = "" if self.fps is None else f" sampled with {self.fps:.2f} fps"
+        times = [""] * len(self.frames) if self.timestamps is None else [f"-{time:.2f}s" for time in self.timestamps]
+        captions = [f"Frame-{index}{time}: " for index, time in enumerate(times, 1)]
+        return [f"The {ORDINALS[number - 1]} video{rate}: {captions[0]}", *captions[1:]]
+
+
+def _tell_times(clips: Sequence[Clip], options: Mapping[str, Any]) -> None:
+    """`fps` and `timestamps` of a call, one for each video over all texts, count before the items' own."""
+    for name in ("fps", "timestamps"):
+        values = options.get(name)
+        if name == "fps" and isinstance(values, (int, float)):
+            values = [values] * len(clips)
+        if values is not None and (not is_list(values) or len(values) != len(clips)):
+            raise ValueError(f"{name}: got {values!r}; expected a list of {len(clips)}, one for each video.")
+        for clip, value in zip(clips, values or (), strict=False):
+            setattr(clip, name, value)
+
+
+def _read_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a call, without transformers' groups; the flat ones count before those."""
+    options = {name: value for group in GROUPS for name, value in (given.get(group) or {}).items()}
+    options |= {name: value for name, value in given.items() if name not in GROUPS}
+    if unknown := sorted(options.keys() - KEYWORDS):
+        raise TypeError(f"unknown keyword {', '.join(unknown)}; the processor takes {', '.join(sorted(KEYWORDS))}.")
+    if options.get("truncation") not in (None, False, "do_not_truncate"):
+        raise ValueError("truncation: a cut prompt would lose image slots; shorten the question, or drop images.")
+    return options
+
+
+def _typed_item(item: Any) -> dict[str, Any]:
+    """An item of a content with its `type`; of an image or a video, the item itself stands under that name.
+
+    Keys without a value do not count: datasets fill items up with them.
+    """
+    told = {"text": item} if isinstance(item, str) else item if isinstance(item, Mapping) else {}
+    filled = {key: value for key, value in told.items() if value is not None}
+    kind = next((key for key in ("image", "image_url", "video", "text") if key in filled), told.get("type"))
+    if kind == "text" and isinstance(filled.get("text", ""), str):
+        return {"type": "text", "text": filled.get("text", "")}
+    if kind in ("image", "image_url"):
+        return {"type": "image", "image": item}
+    if kind == "video":
+        source = next((filled[key] for key in ("video", "url", "path") if key in filled), None)
+        return {"type": "video", "video": {**item, "video": source}}
+    what = sorted(told) or type(item).__name__
+    raise ValueError(f"content: got an item {what}; expected a text, or a dict with a text, an image or a video.")
+
+
+def _deal(
+    name: str, values: Any, is_one: Callable[[Any], bool], asked: list[list[int]], load: Callable[[str, Any], Any]
+) -> list[list[Any]]:
+    """Each text's share of the images or videos, loaded. `asked`: the numbers of each text's placeholders."""
+    given = [] if values is None else [values] if is_one(values) else list(values)
+    word = name.removesuffix("s")
+    if any(is_list(row) and not is_one(row) for row in given):
+        if len(given) != len(asked) or not all(map(is_list, given)):
+            raise ValueError(f"{name}: got {len(given)} lists for {len(asked)} texts; expected one list per text.")
+        shares = [[(f"{name}[{i}][{k}]", value) for k, value in enumerate(row)] for i, row in enumerate(given)]
+    else:
+        wanted = [max(numbers, default=0) for numbers in asked]
+        if len(given) != sum(wanted):
+            raise ValueError(
+                f"{name}: got {len(given)}; the placeholders of the {len(asked)} text(s) take {sum(wanted)} "
+                f"({', '.join(map(str, wanted))}). Write <{word}-1> where the first of a text belongs."
+            )
+        sources = iter([(f"{name}[{i}]", value) for i, value in enumerate(given)])
+        shares = [list(islice(sources, count)) for count in wanted]
+    for index, (numbers, share) in enumerate(zip(asked, shares, strict=True)):
+        if {*numbers} != {*range(1, len(share) + 1)}:
+            raise ValueError(
+                f"text {index}: names {word}s {sorted({*numbers})}, but got {len(share)}; <{word}-K> counts from 1."
+            )
+    return [[load(*source) for source in share] for share in shares]
+
+
+def _is_image(value: Any) -> bool:
+    return not is_list(value) and getattr(value, "ndim", 0) != 4
+
+
+def _is_video(value: Any) -> bool:
+    """What is no list, or a list that begins with a frame, which is no list, 4-D array or item with a `video`."""
+    return not is_list(value) or (
+        len(value) > 0 and _is_image(value[0]) and not (isinstance(value[0], Mapping) and "video" in value[0])
+    )
 
 
 __all__ = ["LocateAnythingImageProcessor", "LocateAnythingProcessor"]

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from locateanything.processing import LocateAnythingProcessor
 from tests.conftest import model_of
 from tests.test_processing import SMALL, image, processor_of, user
 
@@ -45,7 +44,7 @@ def test_a_question_forges_neither_slots_nor_turns(parts, split, pictures):
             conversation, tokenize=True, return_dict=True, add_generation_prompt=True
         )
     except ValueError as error:
-        assert re.match(r"conversation 0|images: got|videos: got", str(error)), error
+        assert re.match(r"conversation 0|text 0|images: got|videos: got", str(error)), error
         hostile = (*RESERVED, "<image-", "<video-", "\ud83d")
         assert any(token in question for token in hostile), question
         return
@@ -102,7 +101,7 @@ def test_texts_of_any_unicode(texts):
 
 @pytest.mark.parametrize("numbers", [{"fps": [float("nan")]}, {"fps": 10**400}, {"timestamps": [[float("inf")]]}])
 def test_times_that_are_no_numbers(numbers):
-    with pytest.raises(ValueError, match=r"fps: got|timestamps: got"):
+    with pytest.raises(ValueError, match="fps: got"):
         PROCESSOR(text="<video-1>", videos=[[SMALL]], **numbers)
 
 
@@ -143,55 +142,3 @@ def test_rows_of_any_shape_equal_themselves_alone(rows, slots):
     for row, together in zip(rows, ask(rows), strict=True):
         (alone,) = ask([row])
         assert together[: len(alone)] == alone and set(together[len(alone) :]) <= {pad}
-
-
-# ---------------------------------------------------------------------------------------------- processors
-
-
-def test_another_tokenizer_is_refused():
-    class Other:
-        unk_token_id = None
-        padding_side = "left"
-        chat_template = None
-        model_max_length = 99
-        deprecation_warnings: dict = {}
-        shift: dict = {}
-
-        def get_added_vocab(self):
-            return PROCESSOR.tokenizer.get_added_vocab()
-
-        def convert_tokens_to_ids(self, tokens):
-            if not isinstance(tokens, str):
-                return [self.convert_tokens_to_ids(token) for token in tokens]
-            return self.shift.get(tokens, PROCESSOR.tokenizer.convert_tokens_to_ids(tokens))
-
-    class Plain(LocateAnythingProcessor):
-        def check_argument_for_proper_class(self, *args):
-            return type(None)
-
-    for word in ("<box", 5, None, ""):
-        for name in ("image_token", "video_token", "image_start_token", "image_end_token"):
-            with pytest.raises(
-                ValueError, match=rf"{name}: got .*; expected a text|no token '<box' of its own, the {name}"
-            ):
-                Plain(PROCESSOR.image_processor, Other(), **{name: word})
-    for name in ("image_placeholder", "video_placeholder"):
-        with pytest.raises(ValueError, match=f"{name}: got 5; expected a text"):
-            Plain(PROCESSOR.image_processor, Other(), **{name: 5})
-    with pytest.raises(ValueError, match="video_placeholder: got 'image', the image_placeholder's"):
-        Plain(PROCESSOR.image_processor, Other(), video_placeholder="image")
-    with pytest.raises(ValueError, match="merge_kernel_size: got 5"):
-        Plain(PROCESSOR.image_processor, Other(), merge_kernel_size=5)
-    for most in ("x", None, float("nan"), -1):
-        Other.model_max_length = most
-        with pytest.raises(ValueError, match="tokenizer: its model_max_length is"):
-            Plain(PROCESSOR.image_processor, Other())
-    Other.model_max_length = 99
-    for token, index, message in (
-        ("<|im_end|>", None, "no token '<|im_end|>'"),
-        ("<500>", None, "<500> has the id None; expected 932"),
-        ("<7>", 3, "<7> has the id 3; expected 439, as <0> has 432"),
-    ):
-        Other.shift = {token: index}
-        with pytest.raises(ValueError, match=re.escape(message)):
-            Plain(PROCESSOR.image_processor, Other())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -14,7 +17,6 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
 
 from locateanything.grounding import build_question
 from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
@@ -26,6 +28,7 @@ START, END = "<|im_start|>", "<|im_end|>\n"
 WIDE = Image.new("RGB", (125, 93), (200, 30, 30))  # 8×10 patches, 20 tokens
 SQUARE = Image.new("RGB", (140, 140), (30, 200, 30))  # 10×10 patches, 25 tokens
 SMALL = Image.new("RGB", (20, 20), (30, 30, 200))  # 2×2 patches, 1 token
+A, B, S = "<img>*20</img>", "<img>*25</img>", "<img>*1</img>"
 
 
 @functools.cache
@@ -51,6 +54,10 @@ def user(*items, role: str = "user") -> list[dict]:
     return [{"role": role, "content": list(items)}]
 
 
+def ids_of(processor, words: str) -> list[int]:
+    return processor.tokenizer(words)["input_ids"]
+
+
 def shown(processor, inputs) -> list[str]:
     """Each row without padding, runs of slots as *count."""
     rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
@@ -61,18 +68,6 @@ def shown(processor, inputs) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------- goldens
-
-
-def test_pixels_are_bit_equal(golden):
-    first = {case["case"]: case for case in reversed(cases_of(golden))}
-    for index in range(3):
-        expected = load_file(GOLDENS / golden / f"tensors_{index:03d}.safetensors")["pixel_values"]
-        case = first[index]
-        path = GOLDENS / golden / "images" / case["images"][0]
-        for source in (path, Image.open(path), np.asarray(Image.open(path))):
-            inputs = processor_of(golden).image_processor(source, return_tensors="pt")
-            assert torch.equal(inputs["pixel_values"], expected)
-            assert inputs["image_grid_hws"].tolist() == case["image_grid_hws"]
 
 
 def golden_conversation(golden: str, case: dict) -> list[dict]:
@@ -109,72 +104,6 @@ def test_every_golden_prompt(golden):
     assert batch["image_grid_hws"].tolist() == grids
     same_prompt = {case["case"]: case["input_ids"] for case in cases}
     assert all(case["input_ids"] == same_prompt[case["case"]] for case in cases_of(golden))
-
-
-# ---------------------------------------------------------------------------------------------- image processor
-
-
-@pytest.mark.parametrize(
-    ("size", "grid"),
-    [
-        ((1, 1), (2, 2)),
-        ((28, 28), (2, 2)),
-        ((29, 28), (2, 4)),
-        ((13, 500), (36, 2)),
-        ((7140, 28), (2, 510)),
-        ((2254, 2254), (160, 160)),
-        ((2300, 2300), (162, 162)),
-        ((3000, 4000), (186, 140)),
-        ((5000, 4000), (144, 180)),
-    ],
-)
-def test_grids(size, grid):
-    """(width, height) in pixels to (rows, columns), as recorded from the published processor."""
-    processor = LocateAnythingImageProcessor()
-    width, height = size
-    assert processor.grid_of(height, width) == grid
-    assert processor.get_number_of_image_patches(height, width) == grid[0] * grid[1]
-    assert processor.get_number_of_image_tokens(height, width) == grid[0] * grid[1] // 4
-
-
-def test_an_image_over_the_limit_is_shrunk():
-    processor = LocateAnythingImageProcessor(in_token_limit=16)
-    out = processor.preprocess(Image.new("RGB", (560, 560), (255, 0, 127)))
-    assert out["image_grid_hws"].tolist() == [[4, 4]]
-    assert out["pixel_values"].shape == (16, 3, 14, 14)
-    assert out["pixel_values"].dtype == torch.float32
-    assert torch.allclose(out["pixel_values"][5, :, 3, 3], torch.tensor([1.0, -1.0, 127 / 127.5 - 1]))
-
-
-def test_image_processor_results():
-    processor = LocateAnythingImageProcessor()
-    for images in ([WIDE, SMALL], (WIDE, np.asarray(SMALL))):
-        out = processor(images, return_tensors="pt")
-        assert out["pixel_values"].shape == (84, 3, 14, 14)
-        assert out["image_grid_hws"].dtype == torch.int64
-        assert out["image_grid_hws"].tolist() == [[8, 10], [2, 2]]
-    out = processor(np.zeros((3, 28, 28, 3), np.uint8), return_tensors="np")
-    assert out["image_grid_hws"].tolist() == [[2, 2]] * 3
-    assert isinstance(out["pixel_values"], np.ndarray)
-    assert processor.model_input_names == ["pixel_values", "image_grid_hws"]
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        ([], "images: got an empty list"),
-        ([WIDE, Image.new("RGB", (7141, 28))], r"images\[1\]: 7141×28 pixels make 512×2 patches"),
-        ([Image.new("RGB", (20, 7200))], r"images\[0\]: .* 2×516"),
-        ([WIDE, Image.new("RGB", (0, 3))], r"images\[1\]: .*side of zero"),
-        ([WIDE, SMALL, "no/such.png"], r"images\[2\]: .*no such file"),
-        ([[WIDE]], r"images\[0\]: .*got list"),
-    ],
-)
-def test_image_processor_errors(images, message):
-    with pytest.raises(ValueError, match=message):
-        LocateAnythingImageProcessor().preprocess(images)
-    with pytest.raises(TypeError, match="do_resize"):
-        LocateAnythingImageProcessor().preprocess(images, do_resize=True)
 
 
 # ---------------------------------------------------------------------------------------------- prompts
@@ -242,81 +171,158 @@ def test_turns(processor, conversation, prompt):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "messages: got \\[\\]"),
-        ("Q", "messages: got 'Q'"),
-        (None, "messages: got None"),
+        ([], "messages"),
+        ("Q", "messages"),
+        (None, "messages"),
         ([[]], "conversation 0"),
         ([user("Q"), []], "conversation 1"),
-        ([{"content": "Q"}], "without a role"),
-        ([{"role": "user"}], "content of a user message is a NoneType"),
-        ([{"role": "user", "content": text("Q")}], "content of a user message is a dict"),
+        ([{"content": "Q"}], "role"),
+        ([{"role": "user"}], "content"),
+        ([{"role": "user", "content": text("Q")}], "dict as content"),
         (user({"type": "audio", "audio": "x"}), "item \\['audio', 'type'\\]"),
         (user(7), "item int"),
-        (user({"type": "text", "text": 7}), "is a int"),
+        (user({"type": "text", "text": 7}), "content"),
+        # no question can open a turn, end one or stand for an image
+        (user("a<|im_end|>b"), r"conversation 0: .*holds <\|im_end\|>"),
+        ([user("Q"), user("<|im_", "start|>")], r"conversation 1: .*holds <\|im_start\|>"),
+        (user("Q", role="user<|im_end|>"), r"holds <\|im_end\|>"),
+        (user("<IMG_CONTEXT>"), "holds <IMG_CONTEXT>"),
+        (user("a<|im_end|>b", role="assistant"), r"holds <\|im_end\|>"),
         # the published processor shows these images twice; a question must not be able to
-        (user(image(), text("see <image-01>")), "conversation 0: has '<image-01>' more than once.* as <image 1>"),
+        (user(image(), text("see <image-01>")), "conversation 0: has '<image-1>' more than once.* as <image 1>"),
         (user(image(), text("<image-1> or <image-1>")), "conversation 0: has '<image-1>' more than once"),
         (user(image(), "<image", "-1> Q."), "conversation 0: has '<image-1>' more than once"),
         ([user("Q"), user("<video-1>", "<video-1>")], "conversation 1: has '<video-1>' more than once"),
         (user(image(), "Q.") + user("in <image-1>", role="assistant"), "has '<image-1>' more than once"),
         (user("<image-1>", role="tool") + user(image()), "has '<image-1>' more than once"),
-        (user("<image-0>", "<image-00>"), "has '<image-00>' more than once"),
     ],
 )
 def test_refused_conversations(processor, messages, message):
-    with pytest.raises(ValueError, match=message):
-        processor.py_apply_chat_template(messages)
-    with pytest.raises(ValueError, match=message):
-        processor.apply_chat_template(messages)
+    for tokenize in (False, True):
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(messages, tokenize=tokenize)
 
 
 def test_the_final_message_can_stay_open(processor):
-    conversation = user(image(), "Q.") + user(text("<ref>cat"), role="assistant")
-    prompt = processor.apply_chat_template(conversation, continue_final_message=True)
-    assert prompt.endswith(f"Q.{END}{START}assistant\n<ref>cat")
-    with pytest.raises(ValueError, match="processor_kwargs: got a int; expected a dict of keywords"):
-        processor.apply_chat_template(conversation, tokenize=True, processor_kwargs=5)
-    with pytest.raises(ValueError, match="got both"):
+    for answer in ("<ref>cat", "", "<ref>cat \n"):
+        conversation = user(image(), "Q.") + user(text(answer), role="assistant")
+        prompt = processor.apply_chat_template(conversation, continue_final_message=True)
+        assert prompt.endswith(f"Q.{END}{START}assistant\n{answer}")
+        inputs = processor.apply_chat_template(
+            [conversation], continue_final_message=True, tokenize=True, return_dict=True
+        )
+        assert shown(processor, inputs) == [prompt.replace("<image-1>", f"<image 1>{A}")]
+    with pytest.raises(ValueError, match=r"continue_final_message|add_generation_prompt"):
         processor.apply_chat_template(conversation, continue_final_message=True, add_generation_prompt=True)
-    with pytest.raises(ValueError, match="tokenize"):
-        processor.py_apply_chat_template(conversation, tokenize=True)
+
+
+def test_what_the_assistant_said_can_be_masked(processor):
+    """Whatever side is padded, and however much the images before it take."""
+    answer = "<ref>cat</ref><box><1><2><3><4></box>"
+    long = user(image(), "Q.") + user(answer, role="assistant") + user(image(SQUARE), "And?")
+    long += user("none", image(SMALL), role="assistant")
+    short = user("Q") + user("yes", role="assistant")
+    for options in ({}, {"padding_side": "right"}, {"padding": "max_length", "max_length": 200}):
+        for tensors in ("pt", "np"):
+            inputs = processor.apply_chat_template(
+                [long, short],
+                tokenize=True,
+                return_dict=True,
+                return_tensors=tensors,
+                return_assistant_tokens_mask=True,
+                **options,
+            )
+            masked = {**inputs, "attention_mask": inputs["assistant_masks"]}
+            assert shown(processor, masked) == [f"{answer}<|im_end|>none<image 3>{S}<|im_end|>", "yes<|im_end|>"]
+            assert inputs["assistant_masks"].shape == inputs["input_ids"].shape
+            assert inputs.keys() == {
+                "input_ids",
+                "attention_mask",
+                "pixel_values",
+                "image_grid_hws",
+                "assistant_masks",
+            }
+    (mask,) = processor.apply_chat_template(
+        short, tokenize=True, return_dict=True, return_tensors=None, return_assistant_tokens_mask=True
+    )["assistant_masks"]
+    assert isinstance(mask, list) and sum(mask) == len(ids_of(processor, "yes<|im_end|>"))
+
+
+def test_offsets_are_those_of_the_text_as_given(processor):
+    texts = ["<image-1>see cat", "é<video-1>"]
+    inputs = processor(text=texts, images=[SMALL], videos=[[SMALL, SMALL]], return_offsets_mapping=True)
+    for given, ids, offsets in zip(texts, inputs["input_ids"], inputs["offset_mapping"], strict=True):
+        assert len(ids) == len(offsets)
+        for index, (start, stop) in zip(ids, offsets, strict=True):
+            word = processor.tokenizer.decode([index])
+            assert given[start:stop] == word or given[start] in ("<", "é")
+        assert offsets == sorted(offsets)
+    padded = processor(text=texts, images=[SMALL], videos=[[SMALL]], return_offsets_mapping=True, return_tensors="pt")
+    assert padded["offset_mapping"].shape == (*padded["input_ids"].shape, 2)
+    assert "offset_mapping" not in processor(text="a")
+
+
+def find(what: str) -> str:
+    """Finds it.
+
+    Args:
+        what: the thing.
+    """
+    return what
 
 
 def test_a_template_that_is_passed_is_used(processor):
     template = "{% for m in messages %}{{ m.role }}:<image-1>{{ extra }}{% endfor %}"
     conversation = user(image(), text("Q."))
     assert processor.apply_chat_template(conversation, chat_template=template, extra="!") == "user:<image-1>!"
-    inputs = processor.apply_chat_template(
-        [conversation], chat_template=template, extra="!", tokenize=True, return_dict=True
-    )
+    call = {"extra": "!", "tokenize": True, "return_dict": True}
+    inputs = processor.apply_chat_template([conversation], chat_template=template, **call)
     assert shown(processor, inputs) == ["user:<image 1><img>*20</img>!"]
     with pytest.raises(ValueError, match="conversation 0: has '<image-1>' more than once"):
         processor.apply_chat_template(conversation * 2, chat_template=template)
 
 
-def test_results_of_apply_chat_template(processor):
+def test_tools_and_documents_are_the_templates(processor):
+    template = (
+        "{% for tool in tools %}{{ tool.function.name }} {% endfor %}"
+        "{% for document in documents %}{{ document.title }} {% endfor %}"
+        "{% for m in messages %}{% for item in m.content %}{{ item.text }}{% endfor %}{% endfor %}"
+    )
+    given = {"tools": [find], "documents": [{"title": "map", "text": "x"}]}
+    assert (
+        processor.apply_chat_template(user(image(), "Q."), chat_template=template, **given) == "find map <image-1>Q."
+    )
+    call = {"tokenize": True, "return_dict": True, "processor_kwargs": {"padding": True}}
+    inputs = processor.apply_chat_template([user(image(), "Q.")], chat_template=template, **given, **call)
+    assert shown(processor, inputs) == [f"find map <image 1>{A}Q."]
+    for name, value in given.items():  # the card's prompt has no place for them
+        with pytest.raises(TypeError, match=name):
+            processor.apply_chat_template(user("Q"), **{name: value})
+
+
+def test_results_of_apply_chat_template(processor, caplog):
     short, long = user(image(SMALL), "a"), user(image(), "a longer question")
     ids = processor.apply_chat_template(short, tokenize=True)
     assert isinstance(ids[0], list)
+    assert processor.py_apply_chat_template(short, tokenize=True) == ids
     assert len(processor.apply_chat_template([short, long], tokenize=True)) == 2
     batch = processor.apply_chat_template([short, long], tokenize=True, return_dict=True)
     assert batch["input_ids"].shape[0] == 2
     assert batch["input_ids"][0, 0] == processor.tokenizer.pad_token_id
     listed = processor.apply_chat_template([short, long], tokenize=True, return_dict=True, return_tensors=None)
     assert len(listed["input_ids"][0]) < len(listed["input_ids"][1])
-    padded = processor.apply_chat_template(
-        [short], tokenize=True, return_dict=True, processor_kwargs={"padding": "max_length", "max_length": 99}
-    )
-    assert padded["input_ids"].shape == (1, 99)
+    to_length = {"padding": "max_length", "max_length": 99}
+    for options in (to_length, {"processor_kwargs": to_length}, {"processor_kwargs": {"text_kwargs": to_length}}):
+        padded = processor.apply_chat_template([short], tokenize=True, return_dict=True, **options)
+        assert padded["input_ids"].shape == (1, 99)
     for call in (
         {"paddding": True},
         {"processor_kwargs": {"do_resize": True}},
         {"tokenize": True, "return_dikt": True},
     ):
-        with pytest.raises(TypeError, match="unknown keyword"):
+        with pytest.raises(TypeError, match=r"unknown keyword (paddding|do_resize|return_dikt)"):
             processor.apply_chat_template(short, **call)
-    with pytest.raises(TypeError, match="tools"):
-        processor.apply_chat_template(short, tools=[{}])
+    assert not caplog.records
 
 
 # ---------------------------------------------------------------------------------------------- vision info
@@ -346,7 +352,7 @@ def test_video_info(processor):
     assert kwargs == {"fps": [2.0, 4.0], "timestamps": [[-1, -1], [0.5, 1.0]]}
     for item, message in (
         ({"type": "image"}, "keys \\['type'\\]"),
-        ({"type": "video"}, "its frames"),
+        ({"type": "video"}, "video"),
         ({"type": "video", "url": "clip.mp4"}, "no video decoder"),
         ({"type": "image", "image": "no/such.png"}, "no such file"),
     ):
@@ -354,9 +360,45 @@ def test_video_info(processor):
             processor.process_vision_info(user(item))
 
 
-# ---------------------------------------------------------------------------------------------- the call
+def test_sizes_of_items_count_in_every_call(processor):
+    """As many slots as the resized picture has tokens, and its pixels."""
+    for keys, tokens in (
+        ({}, 20),
+        ({"min_pixels": 28 * 28 * 30}, 35),
+        ({"max_pixels": 28 * 28 * 6}, 4),
+        ({"resized_height": 56, "resized_width": 84}, 6),
+        ({"max_pixels": None, "text": None}, 20),
+    ):
+        conversation = user({**image(), **keys}, "Q")
+        called = processor.apply_chat_template([conversation], tokenize=True, return_dict=True)
+        assert f"<img>*{tokens}</img>" in shown(processor, called)[0], keys
+        prompt = processor.py_apply_chat_template(conversation)
+        images, _ = processor.process_vision_info(conversation)
+        by_card = processor(text=[prompt], images=images, return_tensors="pt")
+        given = processor(text=[prompt], images=[{"image": WIDE, **keys}], return_tensors="pt")
+        assert all(torch.equal(called[key], other[key]) for key in called for other in (by_card, given))
+    with pytest.raises(ValueError, match=r"images\[1\]\[0\]: .*min_pixel'"):
+        processor.apply_chat_template([user("Q"), user({**image(), "min_pixel": 3})], tokenize=True)
+    with pytest.raises(ValueError, match="resized_height"):
+        processor.process_vision_info(user({**image(), "resized_height": 56}))
 
-A, B, S = "<img>*20</img>", "<img>*25</img>", "<img>*1</img>"
+
+def test_pictures_can_be_turned_upright(processor):
+    lying = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (280, 28)).save(lying, "PNG", exif=exif)
+    conversation = user(image(lying.getvalue()), {"type": "video", "video": [lying.getvalue()]}, "Q")
+    upright = LocateAnythingProcessor(copy.deepcopy(processor.image_processor), processor.tokenizer)
+    upright.image_processor.upright = True
+    for each, grid, size in ((processor, [2, 20], (280, 28)), (upright, [20, 2], (28, 280))):
+        inputs = each.apply_chat_template(conversation, tokenize=True, return_dict=True)
+        assert inputs["image_grid_hws"].tolist() == [grid, grid]
+        images, videos = each.process_vision_info(conversation)
+        assert images[0].size == videos[0][0].size == size
+
+
+# ---------------------------------------------------------------------------------------------- the call
 
 
 @pytest.mark.parametrize(
@@ -407,11 +449,11 @@ def test_expanded_text_is_left_alone(processor):
     ]
     inputs = processor(text=expanded, images=[WIDE, SQUARE, SMALL], return_tensors="pt")
     assert shown(processor, inputs) == [f"<image 1>{A}Q.<image 2>{B}", S]
-    with pytest.raises(ValueError, match=r"text 0: holds runs of \(20, 25\) image slots; its images need \(25, 20\)"):
+    with pytest.raises(ValueError, match="holds a run of 20 image slots; its image needs 25"):
         processor(text=expanded, images=[SQUARE, WIDE, SMALL])
     with pytest.raises(ValueError, match=r"images: got 1; .* take 3"):
         processor(text=expanded, images=[SQUARE])
-    with pytest.raises(ValueError, match="text 1: holds slots of 1 images, but got 0"):
+    with pytest.raises(ValueError, match="text 1: names images"):
         processor(text=expanded, images=[[WIDE, SQUARE], []])
 
 
@@ -546,47 +588,37 @@ def test_padding(processor):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({}, "text: got NoneType"),
-        ({"text": []}, "text: got an empty list"),
-        ({"text": [["a"]]}, "text: got list"),
+        ({}, "text"),
+        ({"text": []}, "text"),
+        ({"text": [["a"]]}, "text"),
+        ({"text": "half of \ud83d"}, "surrogates"),
         ({"text": "<image-1>"}, "images: got 0; .* take 1"),
         ({"text": "a", "images": [WIDE]}, "images: got 1; .* take 0 .*Write <image-1>"),
         ({"text": "<image-1>", "images": [WIDE, WIDE]}, "images: got 2; .* take 1"),
         ({"text": "<image-1><image-2>", "images": [WIDE]}, "images: got 1; .* take 2"),
-        ({"text": "<image-2>", "images": [WIDE, WIDE]}, "text 0: got 2 image.*write <image-1>"),
-        ({"text": "<image-0>", "images": [WIDE]}, "<image-0>; placeholders count from 1"),
+        ({"text": "<image-2>", "images": [WIDE, WIDE]}, r"text 0: names images \[2\], but got 2"),
+        ({"text": "<image-0><image-1>", "images": [WIDE]}, r"text 0: names images \[0, 1\], but got 1"),
         ({"text": ["<image-1>", "<image-1>"], "images": [WIDE]}, r"images: got 1; .*2 text\(s\) take 2 \(1, 1\)"),
-        ({"text": ["<image-1>", "<image-2>"], "images": [[WIDE], [WIDE]]}, "text 1: names <image-2>, but got 1"),
+        ({"text": ["<image-1>", "<image-2>"], "images": [[WIDE], [WIDE]]}, r"text 1: names images \[2\], but got 1"),
         ({"text": ["<image-1>", "a"], "images": [[WIDE]]}, "got 1 lists for 2 texts"),
         ({"text": ["<image-1>", "a"], "images": [[WIDE], WIDE]}, "one list per text"),
-        ({"text": ["<image-1>", "a"], "images": [[WIDE], [WIDE]]}, "text 1: got 1 image"),
+        ({"text": ["<image-1>", "a"], "images": [[WIDE], [WIDE]]}, r"text 1: names images \[\], but got 1"),
         ({"text": "<image-1>", "images": ["no/such.png"]}, r"images\[0\]: .*no such file"),
-        ({"text": ["<image-1>"], "images": [[Image.new("RGB", (7200, 20))]]}, r"images\[0\]\[0\]: 7200×20"),
+        ({"text": ["<image-1>"], "images": [[Image.new("RGB", (7200, 20))]]}, r"images\[0\]\[0\]: .*7200×20"),
         ({"text": "<image-1> <IMG_CONTEXT>", "images": [WIDE]}, "text 0: holds 1 <IMG_CONTEXT>"),
         ({"text": "what is <IMG_CONTEXT>?"}, "text 0: holds 1 <IMG_CONTEXT>"),
         ({"text": "<video-1>"}, "videos: got 0; .* take 1"),
         ({"text": "a", "videos": [[WIDE]]}, "videos: got 1; .* take 0"),
         ({"text": "<video-1>", "videos": "clip.mp4"}, r"videos\[0\]: .*no video decoder"),
         ({"text": "<video-1>", "videos": [[WIDE]], "fps": [1, 2]}, "fps: .*a list of 1"),
-        ({"text": "<video-1>", "videos": [[WIDE]], "fps": ["x"]}, r"fps: got 'x' for videos\[0\]"),
-        ({"text": "<video-1>", "videos": [[WIDE]], "timestamps": [[1, 2]]}, "timestamps: .*expected 1 numbers"),
+        ({"text": "<video-1>", "videos": [[WIDE]], "timestamps": [[1, 2]]}, "timestamps: got 2 .* 1 frames"),
         ({"text": "<video-1>", "videos": [[WIDE]], "timestamps": 3}, "timestamps: .*a list of 1"),
-        ({"text": "<video-11>" + "".join(f"<video-{i}>" for i in range(1, 11)), "videos": [[SMALL]] * 11}, "knows 10"),
+        ({"text": "".join(f"<video-{i}>" for i in range(1, 12)), "videos": [[SMALL]] * 11}, "knows 10"),
         ({"text": "a", "truncation": True, "max_length": 3}, "truncation"),
         ({"text": "a", "text_kwargs": {"truncation": "longest_first"}}, "truncation"),
-        ({"text": "a", "return_tensors": "tf"}, "return_tensors: got 'tf'"),
         ({"text": "a", "audio": [1]}, "audio"),
-        ({"text": "a", "padding": "yes"}, "padding: got 'yes'"),
-        ({"text": "a", "padding_side": 5}, "padding_side: got 5; expected 'left' or 'right'"),
-        ({"text": "a", "padding": True, "pad_to_multiple_of": -8}, "pad_to_multiple_of: got '-8'"),
-        ({"text": "a", "padding": True, "pad_to_multiple_of": 10**10}, "pad_to_multiple_of: got '10000000000'"),
-        ({"text": "a", "padding": "max_length", "max_length": "x"}, "max_length: got 'x'; expected a whole number"),
-        ({"text": "a", "padding": "max_length", "max_length": True}, "max_length: got 'True'"),
-        ({"text": "a", "add_special_tokens": "x"}, "add_special_tokens: got 'x'"),
-        ({"text": "a", "text_kwargs": 5}, "text_kwargs: got a int; expected a dict"),
-        ({"text": "a", "common_kwargs": []}, "common_kwargs: got a list; expected a dict"),
+        ({"text": "a", "padding": "yes"}, "yes"),
         ({"text": ["a", "b c d"], "padding": False, "return_tensors": "pt"}, "Unable to create tensor"),
-        ({"text": "a", "padding": True, "text_kwargs": {"padding": False}}, "padding: given twice"),
     ],
 )
 def test_refused_calls(processor, call, message):
@@ -614,7 +646,7 @@ def test_arguments_are_not_changed(processor):
 def test_a_tokenizer_that_swallows_slots_is_noticed(processor):
     odd = copy.deepcopy(processor)
     odd.tokenizer.add_tokens(["<img><IMG_CONTEXT>"], special_tokens=True)
-    with pytest.raises(ValueError, match=r"text 0: was tokenised to \d+ image slots; its images need \d+"):
+    with pytest.raises(ValueError, match=r"image.* token count"):
         odd(text="<image-1>What?", images=[WIDE])
 
 
@@ -640,10 +672,13 @@ def folder(tmp_path_factory):
         "config.json": {"AutoConfig": "configuration.LocateAnythingConfig"},
     }
     for name, auto_map in wanted.items():
-        settings = json.loads((folder / name).read_text())
-        (folder / name).chmod(0o644)
-        (folder / name).write_text(json.dumps({**settings, "auto_map": auto_map}))
+        write(folder / name, {**json.loads((folder / name).read_text()), "auto_map": auto_map})
     return folder
+
+
+def write(path, settings: dict) -> None:
+    path.unlink()
+    path.write_text(json.dumps(settings))
 
 
 def load(auto: str, folder):
@@ -658,7 +693,7 @@ def test_auto_classes(folder, processor):
     assert load("AutoTokenizer", folder).get_vocab() == loaded.tokenizer.get_vocab()
     assert loaded.tokenizer.padding_side == "left"
     assert loaded.image_token_id == loaded.video_token_id == 420
-    assert loaded.model_input_names == ["input_ids", "attention_mask", "pixel_values", "image_grid_hws"]
+    assert {*loaded.model_input_names} == {"input_ids", "attention_mask", "pixel_values", "image_grid_hws"}
     conversation = user(image(), text(build_question("detect", ["red circle", "blue square"])))
     call = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     ours, theirs = (p.apply_chat_template(conversation, **call) for p in (processor, loaded))
@@ -680,42 +715,64 @@ def test_round_trip(folder, tmp_path):
     assert load("AutoImageProcessor", tmp_path).in_token_limit == 64
 
 
-def test_constructor_errors(processor):
-    parts = processor.image_processor, processor.tokenizer
-    for kwargs, message in (
-        ({"patch_size": 16}, "patch_size: got 16; the image processor's is 14"),
-        ({"merge_kernel_size": (1, 1)}, "merge_kernel_size"),
-        ({"image_token": "<missing>"}, "no token '<missing>'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            LocateAnythingProcessor(*parts, **kwargs)
-    assert LocateAnythingProcessor(*parts, patch_size=14, merge_kernel_size=(2, 2)).patch_size == 14
+SAVED = {
+    # what each line's `save_pretrained` leaves: (files gone, settings of the tokenizer)
+    "4.57": ([], {"additional_special_tokens": [], "extra_special_tokens": {}}),
+    "5.x": (
+        ["preprocessor_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"],
+        {"extra_special_tokens": [], "backend": "tokenizers", "is_local": True},
+    ),
+    "5.x with extra tokens": (
+        ["preprocessor_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"],
+        {"extra_special_tokens": ["<ref>", "</ref>", "<box>", "</box>"]},
+    ),
+}
 
 
-def test_equal_pictures_are_preprocessed_once_a_call(processor, monkeypatch):
-    """By what they show, not by object: rows that ask about one picture, loaded anew for each."""
-    from PIL import Image
+@pytest.mark.parametrize("line", SAVED)
+def test_what_another_line_saved_is_loaded(folder, processor, tmp_path, line):
+    """transformers 5 writes one processor_config.json with the image processor in it, and a list of extra tokens."""
+    saved = shutil.copytree(folder, tmp_path / "saved")
+    gone, settings = SAVED[line]
+    tokenizer = json.loads((saved / "tokenizer_config.json").read_text())
+    if gone:
+        tokenizer = {
+            name: tokenizer[name] for name in ("eos_token", "pad_token", "model_max_length", "tokenizer_class")
+        }
+        both = json.loads((saved / "processor_config.json").read_text())
+        both["image_processor"] = {
+            **json.loads((saved / "preprocessor_config.json").read_text()),
+            "in_token_limit": 64,
+        }
+        write(saved / "processor_config.json", both)
+    write(saved / "tokenizer_config.json", {**tokenizer, **settings})
+    for name in gone:
+        (saved / name).unlink()
+    again = load("AutoProcessor", saved)
+    assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert again.image_processor.in_token_limit == (64 if gone else 25600)
+    call = {"text": ["<image-1>a<ref>x</ref>", "b"], "images": [WIDE], "return_tensors": "pt"}
+    first, second = processor(**call), again(**call)
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
-    one = Image.new("RGB", (60, 40), "red")
-    other = one.copy()
-    other.putpixel((3, 3), (0, 0, 0))
-    texts = ["<image-1>a", "<image-1>b and more", "<image-1>c", "<image-1><image-2>d"]
-    images = [one, one.copy(), other, one.copy(), one]
-    patchified = []
-    patchify = processor.image_processor.patchify
-    monkeypatch.setattr(
-        processor.image_processor, "patchify", lambda image: patchified.append(image) or patchify(image)
+
+@pytest.mark.parametrize("options", [{}, {"use_fast": True}])
+def test_nothing_is_said_on_load(folder, options):
+    """In a process of its own, since transformers says some things once. The evaluation scripts pass use_fast=True."""
+    script = "import sys, transformers\ntransformers.AutoProcessor.from_pretrained(sys.argv[1], **eval(sys.argv[2]))"
+    options = {"trust_remote_code": True, **options}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, str(folder), str(options)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    inputs = processor(text=texts, images=images, return_tensors="pt")
-    assert len(patchified) == 2
-    pieces = inputs["pixel_values"].split(inputs["image_grid_hws"].prod(1).tolist())
-    for picture, piece in zip(images, pieces, strict=True):
-        assert torch.equal(piece, patchify(picture)[0])
+    said = [
+        line for line in run.stderr.splitlines() if "`use_fast` parameter is deprecated" not in line
+    ]  # the caller's
+    assert run.returncode == 0 and run.stdout == "" and said == [], run.stderr
 
 
-def test_patches_are_counted_without_options():
-    images = LocateAnythingImageProcessor.from_pretrained(CHECKPOINTS["shapes"])
-    rows, columns = images.grid_of(90, 130)
-    assert images.get_number_of_image_patches(90, 130) == rows * columns
-    with pytest.raises(ValueError, match=r"images_kwargs: got {'size': 3}"):
-        images.get_number_of_image_patches(90, 130, {"size": 3})
+def test_a_tokenizer_of_another_model_is_refused(processor):
+    with pytest.raises(ValueError, match="tokenizer: has no token '<missing>'"):
+        LocateAnythingProcessor(processor.image_processor, processor.tokenizer, image_token="<missing>")
