@@ -1,6 +1,6 @@
-"""README.md and docs/: their Python runs as pasted, their command lines name real scripts and options, links lead somewhere.
+"""README.md and docs/: their Python runs as pasted, their command lines name real options, links lead somewhere.
 
-A block that begins with ```python is ours and is run, a page's blocks one after the other; ```py shows somebody else's code.
+A block that begins with ```python is ours and is run, a page's blocks one after the other; ```py is somebody else's.
 """
 
 from __future__ import annotations
