@@ -69,10 +69,13 @@ def hub(workplace, monkeypatch):
         monkeypatch.setattr(known, "from_pretrained", found(auto, known.from_pretrained))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page, "python")])
+RUN = [page for page in PAGES if blocks_of(page, "python") and page != "docs/patch.md"]  # that one in test_patch.py
+
+
+@pytest.mark.parametrize("page", RUN)
 def test_python_runs_as_pasted(page, workplace, hub, monkeypatch):
     monkeypatch.chdir(workplace)
-    monkeypatch.syspath_prepend(ROOT)  # "from a clone"
+    monkeypatch.syspath_prepend(ROOT / "patch")
     namespace: dict = {"__name__": "__main__"}
     for line, code in blocks_of(page, "python"):
         exec(compile("\n" * line + code, page, "exec"), namespace)
