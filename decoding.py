@@ -2,9 +2,9 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Pure decoding rules: logits → probabilities → six tokens → accepted tokens and the row's next phase.
 
-No model, no loop, no state. Every rule is vectorised over rows and copies nothing between host and device. The
-reference is decoding.md §3 (logits to tokens), §4 (tokens to accepted tokens) and §5 (the autoregressive step); for
-`verify`, speculative decoding (Leviathan et al. 2023; Chen et al. 2023) with the model's own windows as drafts.
+No model, no loop, no state. Every rule is vectorised over rows and copies nothing between host and device. Sections
+(§) are those of docs/stock-behaviour.md. `verify` is speculative decoding (Leviathan et al. 2023; Chen et al. 2023)
+with the model's own windows as drafts.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Acceptance(NamedTuple):
 
 
 class StockTopPLogitsWarper(LogitsProcessor):
-    """Nucleus filter of decoding.md §3 step 3: drops every token whose *preceding* mass exceeds `top_p`.
+    """Nucleus filter of §3 step 3: drops every token whose *preceding* mass exceeds `top_p`.
 
     transformers' `TopPLogitsWarper` sums from the tail and compares with `1 - top_p`, which rounds differently and
     drops a token whose preceding mass equals `top_p`; the stock keeps it.
@@ -84,7 +84,7 @@ def stock_warpers(
     top_k: int | None,
     between: LogitsProcessorList | None = None,
 ) -> LogitsProcessorList:
-    """Steps 1–4 of decoding.md §3, in the stock's order: `(input_ids [N, n], scores [N, V] float32) -> scores`.
+    """Steps 1–4 of §3, in the stock's order: `(input_ids [N, n], scores [N, V] float32) -> scores`.
 
     Args:
         repetition_penalty: 1.0 is none. temperature: 0 is greedy. top_p, top_k: None is none; both also apply to a
@@ -119,14 +119,11 @@ def draw(noise: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
 def window_tokens(
     probabilities: torch.Tensor, candidates: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles
 ) -> torch.Tensor:
-    """Six tokens from six distributions: the first of decoding.md §3's cases A, B, C, D that holds.
+    """Six tokens, `[R, 6]` long, from six distributions: the first of §3's cases A, B, C, D that holds.
 
     Args:
         probabilities: `[R, 6, V]` float32. candidates: `[R, 6]` long, case D's tokens (argmax or draw).
         hybrid: `[R]` bool, rows in which ambiguous coordinates are voided.
-
-    Returns:
-        `[R, 6]` long.
     """
     empty, holds_empty = _empty_box(probabilities, roles)
     box, holds_box = _box(probabilities, hybrid, roles)
@@ -170,10 +167,7 @@ def _box(p: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) -> tuple[torc
     ambiguous = hybrid[:, None] & unsure & (coordinate.sum(-1) >= 2) & (highest - lowest > _SPREAD)
     chosen = chosen.masked_fill(ambiguous, _NO_COORDINATE)
 
-    rows = p.shape[0]
-    tokens = torch.cat(
-        [chosen.new_full((rows, 1), roles.box_start), chosen, chosen.new_full((rows, 1), roles.box_end)], 1
-    )
+    tokens = F.pad(F.pad(chosen, (1, 0), value=roles.box_start), (0, 1), value=roles.box_end)
     return tokens, ends & coordinate.any(-1).all(-1)
 
 
@@ -182,12 +176,12 @@ def _label(p: torch.Tensor, roles: TokenRoles) -> tuple[torch.Tensor, torch.Tens
     top_ids = p[:, 1:].topk(_LABEL_TOP, dim=-1).indices  # [R, 5, 5]
     word = ~_is_coordinate(top_ids, roles)
     chosen = top_ids.gather(-1, word.int().argmax(-1, keepdim=True)).squeeze(-1)
-    tokens = torch.cat([chosen.new_full((p.shape[0], 1), roles.ref_start), chosen], 1)
+    tokens = F.pad(chosen, (1, 0), value=roles.ref_start)
     return tokens, (p[:, 0, roles.ref_start] >= _LABEL_START) & word.any(-1).all(-1)
 
 
 def accept_window(tokens: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) -> Acceptance:
-    """What of a window's six tokens is accepted: the first line of decoding.md §4's table that matches.
+    """What of a window's six tokens is accepted: the first line of §4's table that matches.
 
     Args:
         tokens: `[R, 6]` long. hybrid: `[R]` bool; the other rows decode in `fast`.
@@ -218,7 +212,7 @@ def accept_window(tokens: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles)
 
 
 def accept_next(token: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) -> Acceptance:
-    """What follows one autoregressive token (decoding.md §5).
+    """What follows one autoregressive token (§5).
 
     Args:
         token: `[R]` long, accepted whatever it is. hybrid: `[R]` bool; the other rows decode in `slow`.

@@ -154,7 +154,7 @@ class GenerationLoop:
     """Decodes rows to their ends.
 
     Args:
-        model: the drop-in. features: image features on demand (`PromptFeatures`). layers: of the decoder.
+        model: the drop-in. features: image features on demand (`PromptFeatures`).
         slots: rows decoded at a time; further rows wait and take the slots of finished ones.
         stops: ids that end a row, and its answer, wherever they are accepted.
         criteria: asked after every accepted token, row by row. One with a method `answer_to_keep`, as
@@ -162,7 +162,6 @@ class GenerationLoop:
         streamer: gets the only row's prompt and tokens.
         generator: draws for every row that has none of its own; None is the global one.
         device: where ids live and rules run. graphs: whether to capture decode steps as CUDA graphs.
-        scored: whether rows keep the log-probabilities of their tokens.
     """
 
     def __init__(
@@ -172,7 +171,6 @@ class GenerationLoop:
         rows: list[Row],
         roles: TokenRoles,
         *,
-        layers: int,
         slots: int,
         stops: frozenset[int],
         criteria: StoppingCriteriaList,
@@ -180,17 +178,14 @@ class GenerationLoop:
         generator: torch.Generator | None,
         device: torch.device,
         graphs: bool = False,
-        scored: bool = False,
     ):
-        self.model, self.features, self.roles, self.streamer = model, features, roles, streamer
+        self.model, self.features, self.roles, self.stops, self.streamer = model, features, roles, stops, streamer
         self.rows, self.waiting = rows, deque(rows)
         self.active: list[Row] = []  # by slot
-        self.stops, self.scored = stops, scored
         self.cutting = [one for one in criteria if hasattr(one, "answer_to_keep")]
         self.criteria = StoppingCriteriaList([one for one in criteria if not hasattr(one, "answer_to_keep")])
         self.device, self.graphs, self.packed = device, graphs, packs(device) and not graphs
-        self.layers, self.slots = layers, min(slots, len(rows))
-        self.capacity = max(row.room for row in rows) + 1
+        self.slots, self.capacity = min(slots, len(rows)), max(row.room for row in rows) + 1
         self.prefill_tokens = PREFILL_TOKENS
         # Places behind a row's tokens and draft repeat its first one, so that penalties see no token it lacks.
         self.tokens = torch.zeros(self.slots, self.capacity + WINDOW, dtype=torch.long, device=device)
@@ -213,24 +208,23 @@ class GenerationLoop:
         return self.rows
 
     def step(self) -> None:
-        rewind: Callable[[], None] | None = None
+        rewind = self.sampler.rewinder([])
         try:
             rows = self.schedule()
             rewind = self.sampler.rewinder(rows)
             decided = self.decide(rows, self.forward()) if rows else []
         except torch.OutOfMemoryError as error:
             self.halve(error)
-            if rewind is not None:
-                rewind()
+            rewind()
             return
         # not tried again: a row's draw is spent once the row beside it, a criterion or a streamer has its own
-        for row, (line, scores) in zip(rows, decided, strict=True):
-            self.postprocess(row, line, scores)
+        for row, told in zip(rows, decided, strict=True):
+            self.postprocess(row, *told)
 
     # ---- memory
 
     def empty_cache(self) -> None:
-        self.cache = SlotKVCache(self.layers, self.slots, self.capacity)
+        self.cache = SlotKVCache(self.slots, self.capacity)
         self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold
         self.written = [0] * self.slots  # how far the last row of a slot wrote
         self.run_step: Callable[..., torch.Tensor] = self.compute
@@ -376,7 +370,7 @@ class GenerationLoop:
     # ---- decide
 
     def decide(self, rows: list[Row], hidden: torch.Tensor) -> list[tuple[list[int], list[float]]]:
-        """The decoding rules, phase by phase. Returns of each row what `accept` tells, and the log-probabilities."""
+        """The decoding rules, phase by phase. Returns of each row what `accept` tells: numbers, log-probabilities."""
         groups = [list(group) for _, group in groupby(rows, lambda row: row.phase)]
         slots = self.state[: len(rows), State.ORDER].split([len(group) for group in groups])
         read = [self.read(hidden, group, at) for group, at in zip(groups, slots, strict=True)]
@@ -385,8 +379,8 @@ class GenerationLoop:
         parts = logits.split([lines.shape[0] * lines.shape[1] for lines in read])
         parts = [part.unflatten(0, lines.shape[:2]) for part, lines in zip(parts, read, strict=True)]
         told = torch.cat([self.accept(*each) for each in zip(parts, groups, slots, strict=True)]).cpu()
-        scores = told[:, -WINDOW:].int().view(torch.float32) if self.scored else told.new_empty(len(rows), 0)
-        return list(zip(told[:, : 2 * WINDOW + 4].tolist(), scores.tolist(), strict=True))
+        scores = told[:, -WINDOW:].int().view(torch.float32)
+        return list(zip(told[:, :-WINDOW].tolist(), scores.tolist(), strict=True))
 
     def read(self, hidden: torch.Tensor, rows: list[Row], slots: torch.Tensor) -> torch.Tensor:
         """`[R, lines, hidden]`, what the rules of these rows' phase read: the window, or behind the last committed
@@ -400,10 +394,9 @@ class GenerationLoop:
         return causal if rows[0].phase == Phase.AR else torch.cat([causal, window], 1)
 
     def accept(self, logits: torch.Tensor, rows: list[Row], slots: torch.Tensor) -> torch.Tensor:
-        """`[R, lines, V]` of rows of one phase → `[R, 16]` long: 11 tokens, how many of them are accepted, how many
-        drafted, the next phase, whether the row is finished, and the fault of one that accepts nothing (sampling.py).
-        With `scored`, six more: the bits of the accepted tokens' log-probabilities, under the distributions they were
-        accepted from."""
+        """`[R, lines, V]` of rows of one phase → `[R, 22]` long: 11 tokens, how many of them are accepted, how many
+        drafted, the next phase, whether the row is finished, the fault of one that accepts nothing (sampling.py), and
+        the bits of six log-probabilities: the accepted tokens', under the distributions they were accepted from."""
         hybrid, labels = (self.state[slots, column].bool() for column in (State.HYBRID, State.LABELS))
         by_label = any(row.settings.verify_labels for row in rows)
         if rows[0].phase == Phase.VERIFIED:
@@ -425,11 +418,9 @@ class GenerationLoop:
                 accepted = accept_window(tokens, hybrid, self.roles)
                 accepted = verify_label(accepted, labels, self.roles) if by_label else accepted
         tokens, *numbers = accepted
-        told = [F.pad(tokens, (0, 2 * WINDOW - 1 - tokens.shape[1])), torch.stack([*numbers, faults], 1)]
-        if self.scored:
-            scores = probabilities.gather(-1, tokens[:, : probabilities.shape[1], None]).squeeze(-1).log()
-            told.append(F.pad(scores, (0, WINDOW - scores.shape[1])).view(torch.int32))
-        return torch.cat(told, 1)
+        scores = probabilities.gather(-1, tokens[:, : probabilities.shape[1], None]).squeeze(-1).log()
+        tokens, scores = (F.pad(x, (0, n - x.shape[1])) for x, n in ((tokens, 2 * WINDOW - 1), (scores, WINDOW)))
+        return torch.cat([tokens, torch.stack([*numbers, faults], 1), scores.view(torch.int32)], 1)
 
     # ---- postprocess
 

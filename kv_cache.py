@@ -4,9 +4,9 @@
 
 A forward pass is packed: its T tokens of all rows lie side by side, `[1, T, hidden]`, and nothing is padding. A
 `PrefillStep` appends chunks of prompts; a `DecodeStep` feeds every row's pending tokens and, but for rows in phase AR,
-a window of six after them (decoding.md §2). A step says where keys and values are written and who sees what of them;
-`WindowAttention` attends by it. Rows that ask about the same picture begin alike: what a slot holds of an entering
-row's prompt is copied (`share_prefixes`), and only the rest is computed.
+a window of six after them (docs/stock-behaviour.md §2). A step says where keys and values are written and who sees
+what of them; `WindowAttention` attends by it. Rows that ask about one picture begin alike: what a slot holds of an
+entering row's prompt is copied (`share_prefixes`), and only the rest is computed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class SlotKVCache:
     """Keys and values of rows that enter and leave slots between steps.
 
     Args:
-        layers: decoder layers. slots: rows held at a time. capacity: tokens a slot has room for.
+        slots: rows held at a time. capacity: tokens a slot has room for.
 
     Attributes:
         layers: per layer `[2, slots, kv_heads, places, head_dim]`, keys and values, made at the layer's first write:
@@ -75,37 +75,33 @@ class SlotKVCache:
             cells that no row uses, lies behind all that anybody attends to.
     """
 
-    def __init__(self, layers: int, slots: int, capacity: int):
+    def __init__(self, slots: int, capacity: int):
         self.slots, self.places = slots, round_up(capacity) + 1
-        self.layers: list[torch.Tensor | None] = [None] * layers
+        self.layers: dict[int, torch.Tensor] = {}
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, step: PrefillStep | DecodeStep):
         """Writes `[1, kv_heads, T, head_dim]` where `step` says; returns the layer's whole keys and values."""
-        held = self.layers[layer]
-        if held is None:
-            _, heads, _, head_dim = key.shape
-            held = self.layers[layer] = zeros((2, self.slots, heads, self.places, head_dim), key)
-        keys, values = held
+        if layer not in self.layers:
+            self.layers[layer] = zeros((2, self.slots, key.shape[1], self.places, key.shape[3]), key)
+        keys, values = self.layers[layer]
         keys[step.slots, :, step.offsets] = key.squeeze(0).transpose(0, 1)
         values[step.slots, :, step.offsets] = value.squeeze(0).transpose(0, 1)
         return keys, values
 
-    def held(self) -> list[torch.Tensor]:
-        return [layer for layer in self.layers if layer is not None]
-
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` places of slot `source` to slot `target`."""
-        for layer in self.held():
+        for layer in self.layers.values():
             layer[:, target, :, :length] = layer[:, source, :, :length]
 
     def clear(self, slot: int, start: int, stop: int) -> None:
         """Zeroes places of a slot, so that nothing of its last row, NaN say, reaches the next one."""
-        for layer in self.held() if start < stop else ():
+        for layer in self.layers.values() if start < stop else ():
             layer[:, slot, :, start:stop] = 0
 
     def is_finite(self, slot: int, length: int) -> bool:
         """Whether the first `length` places hold numbers only. NaN in a token's pass reaches the last layer."""
-        return bool(self.held()[-1][:, slot, :, :length].isfinite().all())
+        *_, last = self.layers.values()
+        return bool(last[:, slot, :, :length].isfinite().all())
 
 
 @dataclass(frozen=True)

@@ -431,7 +431,6 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             features,
             call.rows,
             self.roles,
-            layers=self.config.text_config.num_hidden_layers,
             slots=int(max_batch_rows or 0) or rows_that_fit(self, max(row.room for row in call.rows), device),
             stops=call.stops,
             criteria=self._get_stopping_criteria(call.config, criteria, tokenizer),
@@ -439,7 +438,6 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             generator=generator if isinstance(generator, torch.Generator) else None,
             device=device,
             graphs=capturable and decode_graphs is not False,
-            scored=bool(call.config.output_scores),
         ).run()
         as_dict = call.config.return_dict_in_generate and not as_text
         errors = [row.error for row in rows]

@@ -1,6 +1,6 @@
 # Copyright 2026 The LocateAnything-batched authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Logits → probabilities → tokens, for rows with different sampling parameters (decoding.md §3, steps 1–6)."""
+"""Logits → probabilities → tokens, for rows with different sampling parameters: docs/stock-behaviour.md §3."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROCESSORS, MODEL = 1, 2
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How a row's logits become probabilities (decoding.md §3). Rows with equal ones are processed together."""
+    """How a row's logits become probabilities. Rows with equal ones are processed together."""
 
     repetition_penalty: float = 1.0
     temperature: float = 0.0

@@ -1,7 +1,7 @@
 """A stand-in for the stock model, written from the spec for the tests of patch/ only.
 
 The module tree and parameter names are the official checkpoint's (checkpoint.md), `generate` has the stock's batch-1
-contract (decoding.md §6) and decodes naively: everything is recomputed at every step, under dense masks.
+contract (docs/stock-behaviour.md §6) and decodes naively: everything is recomputed at every step, under dense masks.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class LocateAnythingForConditionalGeneration(PreTrainedModel):
         return self.vision_model(pixel_values, [tuple(size) for size in image_grid_hws.tolist()])
 
     def logits_of(self, tokens, features, roles, windowed):
-        """`[6, V]` of the window, or `[1, V]` of the next token; decoding.md §2 as one dense mask."""
+        """`[6, V]` of the window, or `[1, V]` of the next token; docs/stock-behaviour.md §2 as one dense mask."""
         n = len(tokens)
         fed = tokens + [tokens[-1]] + [roles.mask] * 5 if windowed else tokens
         positions = [*range(n), *range(n - 1, n + 5)] if windowed else [*range(n)]

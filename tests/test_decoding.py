@@ -1,4 +1,4 @@
-"""The decoding rules without a model: every line of the tables in decoding.md §3–5."""
+"""The decoding rules without a model: every line of the tables in docs/stock-behaviour.md §3–5."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def test_what_follows_a_next_token(token, hybrid, autoregressive, finished):
 
 
 def window_by_hand(tokens: list[int], hybrid: bool) -> tuple[list[int], str]:
-    """decoding.md §4, line by line: (accepted, then)."""
+    """docs/stock-behaviour.md §4, line by line: (accepted, then)."""
     coordinates = [ROLES.coord_start <= token <= ROLES.coord_end for token in tokens]
     if tokens[0] in (NULL, END):
         return [END], "finished"

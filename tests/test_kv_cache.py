@@ -38,7 +38,7 @@ def step_of(rows, packed=True, empty=0) -> DecodeStep:
 
 @given(rows=st.lists(ROW, min_size=1, max_size=5))
 def test_a_step_is_decoding_md_2(rows):
-    """Positions, places and visibility, row by row, as decoding.md §2 and §5 say."""
+    """Positions, places and visibility, row by row, as docs/stock-behaviour.md §2 and §5 say."""
     step = step_of(rows)
     fed = []  # (slot, position, place, visible keys, is mask)
     for slot, (committed, c, m, phase) in enumerate(rows):
@@ -92,7 +92,7 @@ def test_the_mask_repeats_for_each_query_head_of_a_key_head():
 
 
 def test_prefill_writes_and_attends_where_its_chunks_say():
-    cache = SlotKVCache(layers=1, slots=3, capacity=20)
+    cache = SlotKVCache(slots=3, capacity=20)
     whole = PrefillStep([PromptChunk(0, 0, 4)], torch.device("cpu"))
     cache.update(*torch.randn(2, 1, 2, 4, 4), 0, whole)
     step = PrefillStep([PromptChunk(2, 0, 3), PromptChunk(0, 4, 6)], torch.device("cpu"))
@@ -113,19 +113,19 @@ def test_prefill_writes_and_attends_where_its_chunks_say():
 
 
 def test_slots_move_and_clear():
-    cache = SlotKVCache(layers=2, slots=2, capacity=8)
+    cache = SlotKVCache(slots=2, capacity=8)
     cache.clear(0, 0, 5)  # nothing is held yet
     for layer in range(2):
         key = torch.randn(1, 1, 5, 4)
         cache.update(key, key, layer, PrefillStep([PromptChunk(1, 0, 5)], torch.device("cpu")))
     cache.move(1, 0, 4)
-    for layer in cache.layers:
+    for layer in cache.layers.values():
         assert torch.equal(layer[:, 0, :, :4], layer[:, 1, :, :4]) and not layer[:, 0, :, 4:].any()
     cache.clear(1, 2, 5)
-    for layer in cache.layers:
+    for layer in cache.layers.values():
         assert layer[:, 1, :, :2].all() and not layer[:, 1, :, 2:].any()
     assert cache.is_finite(0, 4)
-    cache.layers[-1][1, 0, 0, 3] = torch.nan
+    cache.layers[1][1, 0, 0, 3] = torch.nan
     assert cache.is_finite(0, 3) and not cache.is_finite(0, 4)
 
 

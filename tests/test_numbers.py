@@ -385,7 +385,7 @@ def test_the_content_of_unused_places_cannot_matter(monkeypatch, layout, slots):
     expected = batch.run(output_scores=True, max_batch_rows=slots)
 
     def clear(cache, slot, start, stop):
-        for layer in cache.layers if start < stop else ():
+        for layer in cache.layers.values() if start < stop else ():
             layer[:, slot, :, start:stop].normal_()
 
     monkeypatch.setattr(kv_cache, "zeros", lambda shape, like: torch.randn(shape, dtype=like.dtype))
