@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import StoppingCriteria
@@ -28,7 +29,6 @@ TASKS: dict[str, str] = {
     "text": "Please locate the text referred as {}.",
     "gui": "Locate the region that matches the following description: {}.",
 }
-ALL_TEXT = "Detect all the text in box format."
 SEPARATOR = "</c>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 ANSWER_START = f"{TURN_START}assistant\n"
@@ -42,9 +42,7 @@ _KINDS = {**_GRAMMAR, "<img>": IMAGE, TURN_START: TURN, TURN_END: TURN_STOP}
 ANSWER_TOKENS = frozenset([*_GRAMMAR, SEPARATOR])
 _SHOWN_IMAGE = re.compile(r"<image [0-9]+><img><IMG_CONTEXT>")
 _NAMED_IMAGE = re.compile(r"<image[ -]([0-9]{1,9})>")
-Words = Callable[[int, int], str]  # the text of tokens from … to
-Sizes = Sequence[tuple[float, float]]
-FRACTIONS = ((1, 1),)  # of a row whose size is not told
+FRACTIONS = ((1, 1),)  # the sizes of a row that is not scaled
 
 
 def build_question(task: str, queries: str | Iterable[str] = ()) -> str:
@@ -52,19 +50,17 @@ def build_question(task: str, queries: str | Iterable[str] = ()) -> str:
 
     Args:
         task: a key of `TASKS`.
-        queries: what to look for; a final period is not doubled. "detect" takes one or several (which are known to get
-            each other's labels: `GroundingMixin.questions` asks one each), "text" one or none (then: all the text
-            there is), the others one.
+        queries: what to look for; a final period is not doubled. "detect" takes one or several, which are known to get
+            each other's labels (`GroundingMixin.questions` asks one each), "text" one or none, the others one.
 
     Raises:
-        ValueError: an unknown task, an empty query or one with the separator `</c>`, or another number of queries than
-            the task takes.
+        ValueError: an unknown task, an empty query, one with the separator `</c>`, or another number of queries.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}; expected one of {', '.join(TASKS)}.")
     texts = [text.strip().removesuffix(".") for text in _texts(queries)]
     if task == "text" and not texts:
-        return ALL_TEXT
+        return "Detect all the text in box format."
     if not texts or (len(texts) > 1 and task != "detect"):
         raise ValueError(f"queries: got {len(texts)}; task {task!r} takes one (only 'detect' takes several).")
     return TASKS[task].format(SEPARATOR.join(texts))
@@ -73,13 +69,9 @@ def build_question(task: str, queries: str | Iterable[str] = ()) -> str:
 def read_boxes(kinds: Sequence[int], begin: int = 0) -> list[tuple[range | None, range]]:
     """The one reader of the answer grammar (docs/stock-behaviour.md §1, "Output grammar"), in linear time.
 
-    `<ref>…</ref>` labels what follows, up to the next; a label that is not closed ends where the next box begins.
-
-    Args:
-        kinds: what each token is. begin: the first to read.
-
-    Returns:
-        For each `<box>` with its `</box>` the places of the label's words (None for no label) and of what is inside.
+    kinds: what each token is. begin: the first to read. `<ref>…</ref>` labels what follows, up to the next; a label
+    that is not closed ends where the next box begins. For each `<box>` with its `</box>` it returns the places of the
+    label's words (None for no label) and of what is inside.
     """
     said: list[tuple[range | None, range]] = []
     label = opened = start = None
@@ -106,11 +98,9 @@ class GroundingMixin:
 
     @staticmethod
     def questions(image: Any, queries: str | Iterable[str], task: str = "detect") -> list[list[dict[str, Any]]]:
-        """One conversation for each query, to be answered in one batch; `merge_grounding` makes one result of theirs.
+        """One conversation about an image for each query, to be answered in one batch and merged (`merge_grounding`).
 
-        Args:
-            image: anything that an image item may hold; it is encoded once for all of its questions.
-            queries, task: as of `build_question`.
+        image: anything that an image item may hold. queries, task: as of `build_question`.
         """
         texts = [build_question(task, query) for query in _texts(queries)]
         item = {"type": "image", "image": image}
@@ -129,12 +119,8 @@ class GroundingMixin:
         Args:
             sequences: ids `[rows, length]` or `[length]`, as a tensor, array or lists. Ids that no vocabulary has, as
                 -100 for "ignore", say nothing.
-            skip_special_tokens: drop padding, turn marks and image slots. The tokens that carry an answer (labels,
+            skip_special_tokens: drop padding, turn marks and image slots; the tokens that carry an answer (labels,
                 boxes, coordinates) stay, although the vocabulary calls them special too.
-            kwargs: for the tokenizer's `decode`.
-
-        Raises:
-            ValueError: something else than ids.
         """
         rows = _id_rows(sequences, "sequences")
         if skip_special_tokens:
@@ -155,9 +141,8 @@ class GroundingMixin:
         """Labelled boxes and points of each answer.
 
         Only the answer is read: what follows the last opening of an assistant's turn, up to its end, or all of a row
-        that holds no turns. So a question cannot plant a box. A box is `<box>`, two or four coordinates and `</box>`;
-        anything malformed is left out. Of ids, only the vocabulary's own tokens make one: letters that spell `<box>`
-        or `<7>` are words.
+        without turns: a question cannot plant a box. A box is `<box>`, two or four coordinates and `</box>`; what is
+        malformed is left out. Of ids, only the vocabulary's own tokens count: letters that spell `<7>` are words.
 
         Args:
             outputs: ids `[rows, length]` of prompts with their answers or of answers alone, a `ModelOutput` with such
@@ -165,26 +150,21 @@ class GroundingMixin:
             target_sizes: `[rows, 2]` or a list of (height, width) in pixels. A row of several images takes a list of
                 them, one per image; its boxes lie in the image that the answer has named last, as `<image 2>`. None
                 leaves fractions of the image's sides, 0…1.
-            threshold: boxes and points with a lower score are left out; needs `outputs.token_log_probs`, which
+            threshold: what scores lower is left out; needs `outputs.token_log_probs`, which
                 `generate(return_dict_in_generate=True, output_scores=True)` returns.
             queries: what was asked for, a list of texts for all rows or a list of lists, one per row.
 
         Returns:
-            Per row `boxes` float32 `[n, 4]` (x_min, y_min, x_max, y_max), `labels` (n texts, "" for none), `points`
-            float32 `[m, 2]` (x, y) and `point_labels` (m texts), in pixels, or fractions without `target_sizes`; and
-            these, of points with `point_` before the name:
-
-            - with `token_log_probs`, `scores` and `label_scores`, float32 in [0, 1]: the geometric mean of the
-              probabilities of the coordinate tokens, and of the label's tokens (1 for no label), as the model gave
-              them when it accepted them;
-            - with `queries`, `class_ids`, long: the index of the query that the label is, but for case, spaces and a
-              final period, or -1;
-            - with a list of sizes for the row, `images`, long: the index of the image, -1 if the answer does not tell.
+            Per row `boxes` float32 `[n, 4]` (x_min, y_min, x_max, y_max) and `labels` (n texts, "" for none); with
+            `token_log_probs` also `scores` and `label_scores`, float32 in [0, 1], the geometric means of the
+            probabilities of the coordinate tokens and of the label's tokens (1 for no label), as the model gave them
+            when it accepted them; with `queries` also `class_ids`, long, the index of the query that the label is, but
+            for case, spaces and a final period, or -1; with a list of sizes for the row also `images`, long, the index
+            of the image, or -1. The same of `points` `[m, 2]` (x, y), with `point_` before the name.
 
         Raises:
-            ValueError: outputs of another kind; sizes, queries or log-probabilities that do not fit them, as one size
-                for a prompt of several images; sizes that differ where the answer does not name the image; a threshold
-                outside of 0…1, or without log-probabilities.
+            ValueError: outputs of another kind; sizes, queries, threshold or log-probabilities that do not fit; one
+                size for several images, or sizes that differ for an answer that does not name the image.
         """
         absent = set() if queries is not None else {"class_ids"}
         absent |= {"scores", "label_scores"} if getattr(outputs, "token_log_probs", None) is None else set()
@@ -198,13 +178,9 @@ class GroundingMixin:
 
             supervision.Detections.from_transformers(found[0], id2label=dict(enumerate(queries)))
 
-        Args:
-            outputs, threshold, target_sizes: as there. text_labels: the queries.
-
-        Returns:
-            Per row `boxes`, `scores` (NaN without `token_log_probs`), `text_labels` (the model's words), `labels` (the
-            `class_ids`, -1 without queries), `label_scores`, the same of points with `point_` before the name, and
-            `images` as there.
+        text_labels: the queries. Per row it returns `boxes`, `scores` (NaN without `token_log_probs`), `text_labels`
+        (the model's words), `labels` (the class ids, -1 without queries), `label_scores`, `images` as there, and the
+        same of `points`, with `point_` before the name.
         """
         names = {"labels": "text_labels", "class_ids": "labels"}
         names.update({f"point_{old}": f"point_{new}" for old, new in names.items()})
@@ -222,45 +198,40 @@ class GroundingMixin:
         """
         merged: dict[str, Any] = {}
         for kind, prefix in (("boxes", ""), ("points", "point_")):
-            names = [name for name in results[0] if name.startswith("point") == bool(prefix)]
-            columns = {name: [value for row in results for value in _listed(row[name])] for name in names}
+            own = [name for name in results[0] if name.startswith("point") == bool(prefix)]
+            columns = {name: [value for row in results for value in _listed(row[name])] for name in own}
             places, none = columns[kind], [0] * len(columns[kind])
             words = columns.get(f"{prefix}text_labels", columns[f"{prefix}labels"])
-            scores, images = (columns.get(f"{prefix}{name}", none) for name in ("scores", "images"))
+            scores, images = (columns.get(prefix + name, none) for name in ("scores", "images"))
             kept: dict[Any, list[int]] = {}
             for i in sorted(range(len(places)), key=lambda i: -scores[i]):
                 rivals = kept.setdefault((_plain(words[i]), images[i]), [])
                 if all(_iou(places[i], places[other]) <= iou_threshold for other in rivals):
                     rivals.append(i)
             for name, values in columns.items():
-                one = results[0][name]
-                stay = [values[i] for i in sorted(chain.from_iterable(kept.values()))]
+                one, stay = results[0][name], [values[i] for i in sorted(chain.from_iterable(kept.values()))]
                 merged[name] = stay if _is_list(one) else one.new_tensor(stay).view(-1, *one.shape[1:])
         return merged
 
     def _read(self, outputs: Any, target_sizes: Any, threshold: Any, queries: Any) -> list[dict[str, Any]]:
         """What `post_process_grounding` returns, with scores and class ids in any case."""
-        log_probs = getattr(outputs, "token_log_probs", None)
-        if threshold is not None and (not isinstance(threshold, Real) or not 0 <= threshold <= 1):
+        log_probs: Any = getattr(outputs, "token_log_probs", None)
+        if threshold is not None and not (isinstance(threshold, Real) and 0 <= float(threshold) <= 1):
             raise ValueError(f"threshold: got {threshold!r}; expected a number from 0 to 1.")
         if threshold is not None and log_probs is None:
-            raise ValueError(
-                f"threshold: got {threshold} for outputs without token_log_probs; pass what generate(…, "
-                "return_dict_in_generate=True, output_scores=True) returned."
-            )
+            raise ValueError("threshold: needs token_log_probs, as generate(…, output_scores=True) returns them.")
         outputs = getattr(outputs, "sequences", outputs)
         outputs = [outputs] if isinstance(outputs, str) else outputs
         if _is_list(outputs) and outputs and all(isinstance(text, str) for text in outputs):
             texts = [text.encode(errors="replace").decode() for text in outputs]  # lone surrogates are no text
             outputs = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         rows = _id_rows(outputs, "outputs")
-        lines = [None] * len(rows) if log_probs is None else list(torch.as_tensor(log_probs))
-        if len(lines) != len(rows) or any(
-            len(ids) < len(line) for ids, line in zip(rows, lines, strict=True) if line is not None
-        ):
+        values = torch.zeros(len(rows), 0) if log_probs is None else torch.as_tensor(log_probs)
+        if values.ndim != 2 or len(values) != len(rows) or values.shape[1] > min(map(len, rows), default=0):
             raise ValueError(
-                f"outputs: got token_log_probs {log_probs!r}; expected [rows, new ids] of their sequences."
+                f"outputs: got token_log_probs {list(values.shape)} for {len(rows)} rows; expected [rows, new]."
             )
+        lines = [None] * len(rows) if log_probs is None else values.tolist()
         each = zip(rows, lines, _sizes(target_sizes, len(rows)), _classes(queries, len(rows)), strict=True)
         added = self.tokenizer.added_tokens_decoder.items()
         marks = {index: _KINDS[token.content] for index, token in added if token.content in _KINDS}
@@ -268,47 +239,19 @@ class GroundingMixin:
         for ids, line, sizes, index_of in each:
             words = functools.partial(_words, self.tokenizer, ids)
             kinds = [marks.get(index, WORD) for index in ids]
-            begin = _begin(kinds, words) if line is None else len(ids) - len(line)
-            several = kinds[:begin].count(IMAGE) > 1 and sizes is not FRACTIONS
-            shown = len(_SHOWN_IMAGE.findall(words(0, begin))) if several else 0
-            if shown > 1 and shown != len(sizes):
-                raise ValueError(
-                    f"target_sizes: got {sizes} for {shown} images in a row; expected a list, one for each."
-                )
-            found = list(_found(kinds, words, begin, line if line is None else line.tolist(), sizes, index_of))
-            if threshold is not None:
-                found = [one for one in found if one.score >= threshold]
-            results.append(_columns(found, isinstance(sizes, list)))
+            turns = [place for place, kind in enumerate(kinds) if kind == TURN]
+            opened = (place + 1 for place in reversed(turns) if words(place, place + 11).startswith(ANSWER_START))
+            begin = next(opened, len(ids) if turns else 0) if line is None else len(ids) - len(line)
+            shown = len(_SHOWN_IMAGE.findall(words(0, begin))) if kinds[:begin].count(IMAGE) > 1 else 0
+            if shown > 1 and shown != len(sizes) and sizes != FRACTIONS:
+                raise ValueError(f"target_sizes: got {sizes} for a row of {shown} images; expected a list of as many.")
+            found = _found(kinds, words, begin, line, sizes, index_of)
+            results.append(_columns(found, isinstance(sizes, list), threshold))
         return results
 
 
-def _begin(kinds: Sequence[int], words: Words) -> int:
-    """Where the answer begins: behind the last opening of an assistant's turn, or at once where there are no turns."""
-    turns = [place for place, kind in enumerate(kinds) if kind == TURN]
-    opened = (place + 1 for place in reversed(turns) if words(place, place + 11).startswith(ANSWER_START))
-    return next(opened, len(kinds)) if turns else 0
-
-
-class Found(NamedTuple):
-    """A box or point in pixels, with what the columns of a result tell of it."""
-
-    place: tuple[float, ...]
-    label: str
-    score: float
-    label_score: float
-    class_id: int
-    image: int
-
-
-def _found(
-    kinds: Sequence[int],
-    words: Words,
-    begin: int,
-    log_probs: Sequence[float] | None,
-    sizes: Sizes,
-    classes: Mapping[str, int],
-) -> Iterator[Found]:
-    """The boxes and points of the answer that begins there, with its tokens' log-probabilities."""
+def _found(kinds: Any, words: Any, begin: int, log_probs: Any, sizes: Any, classes: Any) -> Iterator[Any]:
+    """The places, in pixels, of the boxes and points of an answer that begins there, and what is told of each."""
 
     def score(places: Sequence[int]) -> float:
         """Geometric mean, in float32 as it is told. Rounding may have made log-probabilities above 0."""
@@ -318,15 +261,15 @@ def _found(
         return torch.tensor(math.exp(mean), dtype=torch.float32).item()
 
     end = next((place for place in range(begin, len(kinds)) if kinds[place] == TURN_STOP), len(kinds))
-    last, label, label_score, class_id = None, "", score(()), -1
-    read, image = begin, 0 if len(sizes) == 1 else -1
+    last, read, image = None, begin, 0 if len(sizes) == 1 else -1
+    label = {"labels": "", "label_scores": score(()), "class_ids": -1}
     for said, inside in read_boxes(kinds[:end], begin):
         corners = kinds[inside.start : inside.stop]
         if len(corners) not in (2, 4) or min(corners) < 0:
             continue
         if said is not None and said is not last:  # once, however many boxes it has
-            last, label, label_score = said, words(said.start, said.stop).strip(), score(said)
-            class_id = classes.get(_plain(label), -1)
+            last, text = said, words(said.start, said.stop).strip()
+            label = {"labels": text, "label_scores": score(said), "class_ids": classes.get(_plain(text), -1)}
         if len(sizes) > 1:
             for number in map(int, _NAMED_IMAGE.findall(words(read, inside.start))):
                 image = number - 1 if 0 < number <= len(sizes) else -1
@@ -337,24 +280,22 @@ def _found(
                 "image's size for each of them, or None, which leaves fractions."
             )
         height, width = sizes[image]
-        xs = sorted(width * x / 1000 for x in corners[::2])
-        ys = sorted(height * y / 1000 for y in corners[1::2])
+        xs, ys = sorted(width * x / 1000 for x in corners[::2]), sorted(height * y / 1000 for y in corners[1::2])
         place = tuple(chain.from_iterable(zip(xs, ys, strict=True)))
-        yield Found(place, label, score(inside), label_score, class_id, image)
+        yield place, {**label, "scores": score(inside), "images": image}
 
 
-def _columns(found: Sequence[Found], several: bool) -> dict[str, Any]:
+def _columns(found: Iterable[Any], several: bool, threshold: Any) -> dict[str, Any]:
     """Boxes and points apart, in tensors. several: whether to tell the image."""
     result: dict[str, Any] = {}
+    found = [one for one in found if threshold is None or one[1]["scores"] >= threshold]
     for kind, prefix, length in (("boxes", "", 4), ("points", "point_", 2)):
-        own = [one for one in found if len(one.place) == length]
-        result[kind] = torch.tensor([one.place for one in own], dtype=torch.float32).view(-1, length)
-        result[f"{prefix}labels"] = [one.label for one in own]
-        result[f"{prefix}scores"] = torch.tensor([one.score for one in own], dtype=torch.float32)
-        result[f"{prefix}label_scores"] = torch.tensor([one.label_score for one in own], dtype=torch.float32)
-        result[f"{prefix}class_ids"] = torch.tensor([one.class_id for one in own], dtype=torch.long)
-        if several:
-            result[f"{prefix}images"] = torch.tensor([one.image for one in own], dtype=torch.long)
+        own = [one for one in found if len(one[0]) == length]
+        result[kind] = torch.tensor([place for place, _ in own], dtype=torch.float32).view(-1, length)
+        result[f"{prefix}labels"] = [told["labels"] for _, told in own]
+        for name in ("scores", "label_scores", "class_ids", *(["images"] if several else [])):
+            dtype = torch.float32 if name.endswith("scores") else torch.long
+            result[prefix + name] = torch.tensor([told[name] for _, told in own], dtype=dtype)
     return result
 
 
@@ -383,25 +324,23 @@ def _texts(queries: Any) -> list[str]:
 def _classes(queries: Any, rows: int) -> list[dict[str, int]]:
     """For each row, a query's plain words → its index."""
     per_row = _is_list(queries) and any(map(_is_list, queries))
-    lists = queries if per_row else [[] if queries is None else queries] * rows
+    lists = list(map(_texts, queries)) if per_row else [[] if queries is None else _texts(queries)] * rows
     if len(lists) != rows:
         raise ValueError(f"queries: got {len(lists)} lists for {rows} row(s); expected one per row, or one for all.")
-    return [{_plain(text): index for index, text in reversed([*enumerate(_texts(own))])} for own in lists]
+    return [{_plain(text): index for index, text in reversed([*enumerate(texts)])} for texts in lists]
 
 
-def _sizes(target_sizes: Any, rows: int) -> list[Sizes]:
+def _sizes(target_sizes: Any, rows: int) -> list[Any]:
     """The (height, width) of each row's images, in a list where they came in one, else in a tuple of one."""
-    if target_sizes is None:
-        return [FRACTIONS] * rows
-    lines = _listed(target_sizes)
+    lines = [FRACTIONS[0]] * rows if target_sizes is None else _listed(target_sizes)
     if not _is_list(lines) or len(lines) != rows:
         raise ValueError(f"target_sizes: got {lines!r} for {rows} row(s); expected one (height, width) per row.")
-    sizes: list[Sizes] = []
+    sizes: list[Any] = []
     for line in map(_listed, lines):
-        pairs = list(map(_listed, line)) if _is_list(line) else []
+        pairs = [_listed(pair) for pair in line] if _is_list(line) else []
         sizes.append([tuple(pair) for pair in pairs] if pairs and all(map(_is_list, pairs)) else (tuple(pairs),))
         for pair in sizes[-1]:
-            if len(pair) != 2 or not all(isinstance(side, Real) and 0 < side < 1e9 for side in pair):
+            if len(pair) != 2 or not all(isinstance(n, Real) for n in pair) or not all(0 < n < 1e9 for n in pair):
                 raise ValueError(f"target_sizes: got {line!r}; expected (height, width) in pixels, or a list of them.")
     return sizes
 
@@ -415,7 +354,7 @@ def _words(tokenizer: Any, ids: Sequence[int], start: int, stop: int, **kwargs: 
 
 def _id_rows(ids: Any, name: str) -> list[list[int]]:
     """Ids `[rows, length]` or `[length]`, as a tensor, array or lists → one list a row."""
-    rows = [_listed(row) for row in _listed(ids)] if _is_list(_listed(ids)) else [None]
+    rows: Any = [_listed(row) for row in _listed(ids)] if _is_list(_listed(ids)) else [None]
     rows = [rows] if rows and all(isinstance(row, Integral) for row in rows) else rows
     if not all(_is_list(row) and all(isinstance(index, Integral) for index in row) for row in rows):
         raise ValueError(f"{name}: got {type(ids).__name__}; expected token ids [rows, length] or lists of them.")
@@ -440,19 +379,15 @@ class DegenerateAnswerCriteria(StoppingCriteria):
 
     Args:
         roles: the checkpoint's token roles.
-        period: cycles of up to so many boxes are looked for; 1 finds only one box repeated at once. Boxes are the same
-            if their labels are too.
+        period: cycles of up to so many boxes, with their labels, are looked for.
         times: how often a box or cycle must have been said, 2 or more.
-        tolerance: a box is the same as that of the cycle before if no coordinate differs by more, in thousandths of
-            the image's side, nor by more than a quarter of the box's own side: small things in a row are not the same.
-            A point may differ by 1. 0 for equal boxes only.
+        tolerance: a box is that of the cycle before if no coordinate differs by more, in thousandths of the image's
+            side, nor by more than a quarter of the box's side: small things in a row are not the same. A point may
+            differ by 1. 0 for equal boxes only.
         march: slivers in a row that make a march: they touch or overlap, in equal steps, and are alike on the other
-            axis; 0 for none.
+            axis; 0 for none, or 3 and more.
         thin: how wide a sliver is at most, in thousandths of the image's side.
         prompt_length: tokens that are not the answer, where rows are not asked by the drop-in's `generate`.
-
-    Raises:
-        ValueError: a number out of range.
     """
 
     def __init__(
@@ -490,55 +425,52 @@ class DegenerateAnswerCriteria(StoppingCriteria):
         if not len(answer) or answer[-1] != self.box_end or not self._may_end(answer):
             return None
         kinds = [self.kinds.get(index, WORD - 1 - index) for index in _listed(answer)]  # words by their ids
-        said = read_boxes(kinds)[-max(self.period * self.times, self.march) :]
-        labels = [label and kinds[label.start : label.stop] for label, _ in said]
-        boxes = [kinds[inside.start : inside.stop] for _, inside in said]
-        count = len(said)
-        repeated = (
-            count - period * (self.times - 1)
-            for period in range(1, min(self.period, count // self.times) + 1)
-            if all(
-                labels[place] == labels[place - period] and self.agree(boxes[place], boxes[place - period])
-                for place in range(count - period * (self.times - 1), count)
-            )
-        )
-        first = next(repeated, None)
-        if first is None and 0 < self.march <= count and self.marches(boxes[-self.march :]):
-            first = count - self.march + 1 if all(label == labels[-1] for label in labels[-self.march :]) else None
-        if first is None:
-            return None
-        label, inside = said[first]
-        said_again = label is not None and inside.start - label.stop <= 2  # right before the box
-        return label.start - 1 if said_again else inside.start - 1
+        places = read_boxes(kinds)[-max(self.period * self.times, self.march) :]
+        said = [(label and kinds[label.start : label.stop], kinds[at.start : at.stop]) for label, at in places]
+        for period in range(1, min(self.period, len(said) // self.times) + 1):
+            first = len(said) - period * (self.times - 1)
+            if all(self._same(said[place], said[place - period]) for place in range(first, len(said))):
+                break
+        else:
+            first = len(said) - self.march + 1
+            if not 0 < self.march <= len(said) or not self._marches(said[-self.march :]):
+                return None
+        label, inside = places[first]
+        # a label right before it is said again, too
+        return (inside if label is None or inside.start - label.stop > 2 else label).start - 1
 
     def _may_end(self, answer: Sequence[int] | torch.Tensor) -> bool:
-        """Whether to read an answer: its last box is a sliver, or ends where one of those before it did.
+        """Whether its last box is a sliver, or ends where one of those before it did: most do not, which costs little.
 
-        Most boxes do not, and this looks at few tokens: cycles of more than `32 * period` are not seen.
+        Cycles of more than `32 * period` tokens are not seen.
         """
-        near = [0] * 4 + _listed(answer[-32 * self.period :])
-        x, y = near[-3:-1]
-        if self.march and min(abs(x - near[-5]), abs(y - near[-4])) <= self.thin:
+        back = [*_listed(answer[-32 * self.period :])[::-1], 0, 0, 0, 0]
+        y, x = back[1:3]
+        if self.march and min(abs(x - back[4]), abs(y - back[3])) <= self.thin:
             return True
-        ends = [place for place, token in enumerate(near) if token == self.box_end][-self.period - 1 : -1]
-        return any(max(abs(near[end - 2] - x), abs(near[end - 1] - y)) <= self.tolerance for end in ends)
+        end = 0
+        with contextlib.suppress(ValueError):  # no more boxes
+            for _ in range(self.period):
+                end = back.index(self.box_end, end + 1)
+                if abs(x - back[end + 2]) <= self.tolerance and abs(y - back[end + 1]) <= self.tolerance:
+                    return True
+        return False
 
-    def agree(self, one: Sequence[int], other: Sequence[int]) -> bool:
-        """Whether two boxes or points are the same, but for the tolerance."""
-        if one == other:
-            return True
-        if len(one) != len(other) or len(one) not in (2, 4) or min(*one, *other) < 0:
-            return False
-        room = (1, 1) if len(one) == 2 else (abs(one[2] - one[0]) // 4, abs(one[3] - one[1]) // 4) * 2
-        return all(abs(a - b) <= min(most, self.tolerance) for a, b, most in zip(one, other, room, strict=True))
+    def _same(self, one: tuple[Any, list[int]], other: tuple[Any, list[int]]) -> bool:
+        """Whether two (label, box or point) are the same, but for the tolerance."""
+        (label, box), (other_label, other_box) = one, other
+        if label != other_label or len(box) != len(other_box) or len(box) not in (2, 4) or min(*box, *other_box) < 0:
+            return one == other
+        room = (1, 1) if len(box) == 2 else (abs(box[2] - box[0]) // 4, abs(box[3] - box[1]) // 4) * 2
+        return all(abs(a - b) <= min(most, self.tolerance) for a, b, most in zip(box, other_box, room, strict=True))
 
-    def marches(self, boxes: Sequence[Sequence[int]]) -> bool:
-        """Whether slivers go along x or y in equal steps, side by side."""
-        if any(len(box) != 4 or min(box) < 0 for box in boxes):
+    def _marches(self, said: Sequence[tuple[Any, list[int]]]) -> bool:
+        """Whether slivers of one label go along x or y in equal steps, side by side."""
+        if any(label != said[0][0] or len(box) != 4 or min(box) < 0 for label, box in said):
             return False
         for axis in (0, 1):
-            along = [sorted(box[axis::2]) for box in boxes]
-            across = [sorted(box[1 - axis :: 2]) for box in boxes]
+            along = [sorted(box[axis::2]) for _, box in said]
+            across = [sorted(box[1 - axis :: 2]) for _, box in said]
             widths = [stop - start for start, stop in along]
             steps = [after[0] - before[0] for before, after in pairwise(along)]
             alike = max(max(side) - min(side) for side in (*zip(*across, strict=True), widths, steps)) <= 1
@@ -546,6 +478,3 @@ class DegenerateAnswerCriteria(StoppingCriteria):
             if alike and touching and max(widths) <= self.thin:
                 return True
         return False
-
-
-__all__ = ["ANSWER_TOKENS", "TASKS", "DegenerateAnswerCriteria", "GroundingMixin", "build_question"]
