@@ -1,6 +1,6 @@
 # Copyright 2026 The LocateAnything-batched authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Pictures in any form → RGB → patches (checkpoint.md, "Image preprocessing")."""
+"""Pictures in any form → RGB → patches (docs/checkpoint.md, "Image preprocessing")."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import re
 import string
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from math import ceil, inf
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, TypedDict
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -39,7 +38,7 @@ HARMLESS_KEYS = ("type", "text", "detail", "format", "mime_type", "media_type", 
 
 
 def load_image(source: Any, *, upright: bool = False) -> Image.Image:
-    """Reads one picture (checkpoint.md, "Image preprocessing").
+    """Reads one picture (docs/checkpoint.md, "Image preprocessing").
 
     Transparency of RGBA is composited on white; 16-bit greys keep their upper 8 bits, as PIL does with 16-bit colours;
     every other mode is what `Image.convert("RGB")` makes of it. Of several frames or pages in a file the first is
@@ -118,9 +117,6 @@ def shorten(source: Any, width: int = 100) -> str:
     return repr(text if len(text) <= width else f"{text[: width - 1]}…")
 
 
-# ---------------------------------------------------------------------------------------------- anything → PIL
-
-
 def _name_of(source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
         return shorten(source)
@@ -153,9 +149,7 @@ def _file_of(source: Any) -> Any:
     if hasattr(source, "read"):
         return source
     if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(
-            f"got {type(source).__name__}; expected an image, array, path, URL, bytes, file, or dict of one"
-        )
+        raise TypeError(f"got {type(source).__name__}; expected an image, array, path, URL, bytes, file or dict")
     text = os.fsdecode(source)
     scheme, _, rest = text.strip().partition(":")
     scheme = scheme.lower()
@@ -189,11 +183,10 @@ def _download(url: str) -> bytes:
         with urlopen(request, timeout=URL_TIMEOUT) as response:
             body = response.read(MAX_DOWNLOAD + 1)
     except HTTPError as error:
-        raise OSError(f"cannot be downloaded: the server answered {error.code}") from None
+        raise OSError(f"the server answered {error.code}") from None
     except Exception as error:
         reason = getattr(error, "reason", None)
-        told = reason if isinstance(reason, OSError) else type(error).__name__
-        raise OSError(f"cannot be downloaded: {told}") from None
+        raise OSError(f"no download: {reason if isinstance(reason, OSError) else type(error).__name__}") from None
     if len(body) > MAX_DOWNLOAD:
         raise OSError(f"larger than {MAX_DOWNLOAD} bytes")
     return body
@@ -256,9 +249,6 @@ def _load_each(sources: Iterable[Any], name: str, upright: bool) -> list[Image.I
     return images
 
 
-# ---------------------------------------------------------------------------------------------- PIL → RGB
-
-
 def _to_rgb(image: Image.Image, upright: bool, is_ours: bool = False) -> Image.Image:
     """An RGB image of its own. `is_ours`: nobody else has the image, so that one in RGB need not be copied."""
     if 0 in image.size:
@@ -289,7 +279,7 @@ def _to_rgb(image: Image.Image, upright: bool, is_ours: bool = False) -> Image.I
 def _resized(image: Image.Image, sizes: Mapping[str, Any]) -> Image.Image:
     """The image as large as an item's `SIZE_KEYS` say; it stays as it is within the budget."""
     for name, value in sizes.items():
-        if not is_count(value):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: got {value!r}; expected a whole number of pixels.")
     wanted = [sizes.get(name, 0) for name in ("resized_height", "resized_width")]
     if any(wanted) and not all(wanted):
@@ -314,15 +304,8 @@ def _resized(image: Image.Image, sizes: Mapping[str, Any]) -> Image.Image:
 # ---------------------------------------------------------------------------------------------- RGB → patches
 
 
-class ImageSettings(TypedDict, total=False):
-    """What `from_pretrained(…)` of transformers 5 may change."""
-
-    in_token_limit: int
-    upright: bool
-
-
 class LocateAnythingImageProcessor(BaseImageProcessor):
-    """Images to MoonViT's patches (checkpoint.md, "Image preprocessing"), bit for bit as the published processor.
+    """Images to MoonViT's patches (docs/checkpoint.md, "Image preprocessing"), bit for bit as the published processor.
 
     Args:
         patch_size: side of a square patch, in pixels.
@@ -333,7 +316,12 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "image_grid_hws"]
-    valid_kwargs = ImageSettings
+
+    class valid_kwargs(TypedDict, total=False):
+        """What transformers 5 takes from `from_pretrained(…)` without a warning."""
+
+        in_token_limit: int
+        upright: bool
 
     def __init__(
         self,
@@ -378,7 +366,7 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
             raise ValueError("images: got an empty list; expected at least one image.")
         for index, image in enumerate(loaded):
             self.grid_of(image.height, image.width, f"images[{index}]")
-        return as_batch(self.encode(loaded), return_tensors)
+        return BatchFeature(self.encode(loaded), tensor_type=return_tensors)
 
     def encode(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """What `preprocess` returns, of RGB images. Equal ones, as in rows about one picture, are computed once."""
@@ -422,15 +410,8 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
 
     def get_number_of_image_tokens(self, height: int, width: int) -> int:
         """Image tokens, one for each merge of patches, of an image of `height`×`width` pixels."""
-        return self.tokens_of(self.grid_of(height, width))
-
-    def tokens_of(self, grid: tuple[int, int]) -> int:
-        """Image tokens of a grid of (rows, columns) patches."""
-        return grid[0] * grid[1] // (self.merge_kernel_size[0] * self.merge_kernel_size[1])
-
-    def patchify(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Patches float32 `[rows * columns, 3, patch_size, patch_size]` of one RGB image, and (rows, columns)."""
-        return self.encode([image])["pixel_values"], self.grid_of(image.height, image.width)
+        rows, columns = self.grid_of(height, width)
+        return rows * columns // (self.merge_kernel_size[0] * self.merge_kernel_size[1])
 
     def _write_patches(self, image: Image.Image, grid: tuple[int, int], patches: np.ndarray) -> np.ndarray:
         (rows, columns), side = grid, self.patch_size
@@ -454,61 +435,9 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         return max(1, int(height * scale)), max(1, int(width * scale))
 
 
-def is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
-
-
 def is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
 
 def is_array(value: Any) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor))
-
-
-def is_number(value: Any) -> bool:
-    """A number that float32 can hold: no NaN, no infinity."""
-    return isinstance(value, Real) and abs(value) < 1e9  # type: ignore[operator]
-
-
-def to_list(array: np.ndarray | torch.Tensor, name: str) -> Any:
-    """An array's values in lists.
-
-    Raises:
-        ValueError: a sparse tensor, or one without values. The message begins with `name`.
-    """
-    try:
-        return array.tolist()
-    except (NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{name}: got a tensor whose values cannot be read ({error}).") from None
-
-
-def as_batch(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
-    if return_tensors == "np":
-        data = {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in data.items()}
-    return BatchFeature(data, tensor_type=return_tensors)
-
-
-def image_layout(images: Any) -> tuple[list[Any], bool]:
-    """The images in a list, and whether it is a list of lists, one per text."""
-    if images is None:
-        return [], False
-    if is_array(images) and images.ndim == 4:
-        return list(images), False
-    if not is_list(images):
-        return [images], False
-    return list(images), any(map(is_list, images))
-
-
-@dataclass(frozen=True)
-class Source:
-    """An image or a video as it came, and what an error message calls it."""
-
-    name: str
-    value: Any
-
-    def load(self, load: Callable[[Any], Any]) -> Any:
-        try:
-            return load(self.value)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import os
 import struct
 import threading
@@ -148,7 +149,7 @@ def test_urls_are_quoted_as_browsers_do(server):
         server.asked.clear()
         assert same(load_image({"type": "image", "url": f" {at.replace('http', 'HTTP')}{path} "}))
         assert server.asked[-1] == (asked, None)
-    with pytest.raises(ValueError, match="cannot be downloaded") as caught:
+    with pytest.raises(ValueError, match="no download") as caught:
         load_image("http://bücher.invalid/x.png")
     assert "UnicodeEncodeError" not in str(caught.value), "such a host is asked for by its IDNA name"
 
@@ -320,7 +321,7 @@ def test_any_source_is_read_or_refused(source):
             assert str(error)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # what PIL says of damaged tags
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")  # of damaged files
 @bounded(150)
 @given(st.sampled_from(ENCODED), st.data(), st.booleans())
 def test_damaged_files_are_read_or_refused_by_name(file, data, upright):
@@ -519,19 +520,13 @@ def test_sizes_of_items(size, keys, expected):
 
 
 @bounded(200)
-@given(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), st.integers(784, 10**7), st.integers(1, 10**7))
+@given(st.tuples(st.integers(1, 1500), st.integers(1, 1500)), st.integers(784, 10**6), st.integers(1, 10**6))
 def test_a_budget_is_kept(size, most, least):
+    """By what preprocessing makes of the result, which is the next multiple of 28 a side."""
     shrunk = load_image({"image": Image.new("RGB", size), "max_pixels": most})
-    rows, columns = (
-        LocateAnythingImageProcessor(in_token_limit=10**9).grid_of(shrunk.height, shrunk.width, "x")
-        if (max(shrunk.size) < 7140)
-        else (0, 0)
-    )
-    assert rows * columns * 196 <= most
-    grown = load_image(
-        {"image": Image.new("L", (size[0] // 9 + 1, size[1] // 9 + 1)), "min_pixels": min(least, 10**6)}
-    )
-    assert -(-grown.width // 28) * -(-grown.height // 28) * 784 >= min(least, 10**6)
+    grown = load_image({"image": Image.new("RGB", size), "min_pixels": least})
+    pixels = [-(-image.width // 28) * -(-image.height // 28) * 28**2 for image in (shrunk, grown)]
+    assert pixels[0] <= most and pixels[1] >= least
 
 
 @pytest.mark.parametrize("key", image_processing.SIZE_KEYS)
@@ -640,7 +635,7 @@ def test_grids(size, grid):
     width, height = size
     assert processor.grid_of(height, width) == grid
     assert processor.get_number_of_image_patches(height, width) == grid[0] * grid[1]
-    assert processor.get_number_of_image_tokens(height, width) == processor.tokens_of(grid) == grid[0] * grid[1] // 4
+    assert processor.get_number_of_image_tokens(height, width) == grid[0] * grid[1] // 4
 
 
 @bounded(300)
@@ -713,11 +708,18 @@ def assembled(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def told(caplog):
+    """What transformers logs, which does not reach the root logger that caplog listens to."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 @pytest.mark.parametrize("torchvision", [False, True])
 @pytest.mark.parametrize("keywords", [{}, {"use_fast": True}, {"use_fast": False}])
-def test_neither_a_fast_class_nor_torchvision_is_needed(
-    assembled, tmp_path, monkeypatch, capfd, torchvision, keywords
-):
+def test_neither_a_fast_class_nor_torchvision_is_needed(assembled, tmp_path, monkeypatch, told, torchvision, keywords):
     """The official evaluation passes use_fast=True; without it, transformers 4.57 would speak of slow processors."""
     auto = transformers.models.auto.image_processing_auto
     monkeypatch.setattr(auto, "is_torchvision_available", lambda: torchvision)
@@ -730,14 +732,14 @@ def test_neither_a_fast_class_nor_torchvision_is_needed(
     again = transformers.AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=True, **keywords)
     assert again.to_dict() == images.to_dict()
     if not keywords:
-        assert capfd.readouterr().err == ""
+        assert told.messages == []
 
 
-def test_settings_may_be_given_on_loading(assembled, tmp_path, capfd):
+def test_settings_may_be_given_on_loading(assembled, tmp_path, told):
     keywords = {"trust_remote_code": True, "upright": True, "in_token_limit": 64}
     loaded = transformers.AutoImageProcessor.from_pretrained(assembled, **keywords)
     assert (loaded.upright, loaded.in_token_limit) == (True, 64)
-    assert capfd.readouterr().err == ""
+    assert told.messages == []
     loaded.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert saved["upright"] is True and saved["in_token_limit"] == 64
