@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -27,11 +27,11 @@ MODEL_ENTRIES = ("configuration", "modeling_locateanything_batched")
 ENTRIES = (*MODEL_ENTRIES, "processing")
 
 MODEL = "modeling_locateanything_batched.LocateAnythingBatchedForConditionalGeneration"
-_PROCESSOR_MAP: dict[str, Any] = {
+_PROCESSOR_MAP = {
     "AutoImageProcessor": "image_processing.LocateAnythingImageProcessor",
     "AutoProcessor": "processing.LocateAnythingProcessor",
 }
-AUTO_MAPS: dict[str, dict[str, Any]] = {
+AUTO_MAPS = {
     "config.json": {
         "AutoConfig": "configuration.LocateAnythingConfig",
         "AutoModel": MODEL,
@@ -218,8 +218,6 @@ def open_base(
 def _open_hub_id(repo: str, revision: str | None) -> Base:
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
-    except GatedRepoError:
-        raise
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise HubError(f"{repo} is neither a folder nor a hub repository that you can read") from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if is_kept(file.rfilename)}
@@ -327,7 +325,8 @@ def edited(path: Path, change: Callable[[dict[str, Any]], None]) -> bytes:
 
 def switch_auto_map(name: str, code_repo: str | None, data: dict[str, Any]) -> None:
     """Point one JSON file of a checkpoint to this project's code."""
-    ours = {auto: _in_repository(code_repo, value) for auto, value in AUTO_MAPS.get(name, _PROCESSOR_MAP).items()}
+    where = f"{code_repo}--" if code_repo else ""
+    ours = {auto: where + reference for auto, reference in AUTO_MAPS.get(name, _PROCESSOR_MAP).items()}
     for part in (data, *data.values()):
         if isinstance(part, dict) and "auto_map" in part:
             # The published vision_config names code in a third repository, which must not be followed
@@ -339,13 +338,6 @@ def switch_auto_map(name: str, code_repo: str | None, data: dict[str, Any]) -> N
         data.pop("image_processor_type", None)
     if name == "config.json":
         data["architectures"] = [MODEL.split(".")[-1]]
-
-
-def _in_repository(repo: str | None, reference: Any) -> Any:
-    """A class as `auto_map` names it (image processors: a pair, slow and fast), in another repository if need be."""
-    if isinstance(reference, str):
-        return f"{repo}--{reference}" if repo else reference
-    return reference and [_in_repository(repo, part) for part in reference]
 
 
 def read_json(path: Path) -> dict[str, Any]:
