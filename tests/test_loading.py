@@ -173,7 +173,7 @@ FORBIDDEN_ATTRIBUTES = {
     *("system", "popen", "spawn", "fork", "execv", "execve", "remove", "unlink", "rename", "rmdir", "mkdir"),
     *("write_text", "write_bytes", "touch", "chmod", "environ", "getenv", "putenv", "load_library", "torch_load"),
 }
-ALLOWED_OPENS = {'path.open("rb")', "Image.open(file)", '(folder / shard).open("rb")'}
+ALLOWED_OPENS = ("Image.open(", 'path.open("rb")', '(folder / shard).open("rb")')
 ALLOWED_AT_CALL_TIME = {"from peft import LoraConfig, get_peft_model"}  # by the caller's own wish
 
 
@@ -187,7 +187,8 @@ def test_remote_code_is_inert(path):
         if isinstance(node, ast.Attribute) and node.attr in FORBIDDEN_ATTRIBUTES:
             wrong.append(ast.unparse(node))
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".open"):
-            wrong += {ast.unparse(node).replace("'", '"')} - ALLOWED_OPENS
+            call = ast.unparse(node).replace("'", '"')
+            wrong += [] if call.startswith(ALLOWED_OPENS) else [call]
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "torch.hub.load", "np.load"):
             wrong.append(ast.unparse(node))
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -202,6 +203,8 @@ def test_remote_code_is_inert(path):
 WATCHED = """
 import os, sys
 os.environ["HF_HOME"] = sys.argv[3]
+for name in ("torchvision", "decord", "lmdb", "cv2", "peft", "flash_attn", "scipy"):
+    sys.modules[name] = None  # none of them is needed
 import torch, transformers, PIL.Image, socket
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, Qwen2ForCausalLM
 torch.set_num_threads(1)
