@@ -5,7 +5,7 @@
 import re
 
 from huggingface_hub import constants, get_token
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError
 
 # The client's transports, by release; their errors share no base class
 _TRANSPORTS = {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"}
@@ -23,6 +23,7 @@ def explain(error: BaseException) -> str | None:
         The line, without tokens; None for any other error, which is a bug.
     """
     status = getattr(getattr(error, "response", None), "status_code", None)
+    package = type(error).__module__.split(".")[0]
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, GatedRepoError):
         said = f"{said} Accept its terms on its page, then {_LOGIN}."
@@ -32,9 +33,9 @@ def explain(error: BaseException) -> str | None:
         said = f"token: none, or one that the hub does not know; {_LOGIN} ({said})"
     elif status == 412:
         said = f"the repository was changed meanwhile; run the command again ({said})"
-    elif status is None and type(error).__module__.split(".")[0] in _TRANSPORTS:
+    elif status is None and package in _TRANSPORTS:
         said = f"the hub at {constants.ENDPOINT} cannot be reached, or broke off ({said}); run the command again"
-    elif status is None and not isinstance(error, HubError | HFValidationError | OSError):
+    elif package not in ("huggingface_hub", *_TRANSPORTS) and not isinstance(error, HubError | OSError):
         return None
     return redacted(said)
 
