@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -40,14 +40,12 @@ HARMLESS_KEYS = ("type", "text", "detail", "format", "mime_type", "media_type", 
 def load_image(source: Any, *, upright: bool = False) -> Image.Image:
     """Reads one picture (docs/checkpoint.md, "Image preprocessing").
 
-    Transparency of RGBA is composited on white; 16-bit greys keep their upper 8 bits, as PIL does with 16-bit colours;
-    every other mode is what `Image.convert("RGB")` makes of it. Of several frames or pages in a file the first is
-    taken, with a warning.
+    RGBA is composited on white, 16-bit greys keep their upper 8 bits (as PIL does with 16-bit colours), every other
+    mode is what `Image.convert("RGB")` makes of it. Of several frames or pages the first is taken, with a warning.
 
     Args:
         source: one of
-            a PIL image; a path (str or PathLike); a `file://`, `http://`, `https://` or `data:` URL; the bytes of an
-            image file; a binary file object;
+            a PIL image; a path; a `file://`, `http(s)://` or `data:` URL; the bytes of an image file; a binary file;
             a numpy array or torch tensor `[H, W]`, `[H, W, C]` or `[C, H, W]` with C of 1, 3 or 4 (RGBA), uint8,
             uint16 or floating point in 0…1; where both layouts are possible an array is HWC and a tensor CHW;
             a dict with one of these under one of `SOURCE_KEYS`. Beside it, `min_pixels` and `max_pixels` are a budget
@@ -59,9 +57,9 @@ def load_image(source: Any, *, upright: bool = False) -> Image.Image:
         A new RGB image in memory, sized as the source is if nothing else was asked for.
 
     Raises:
-        ValueError: the source has no pixels, cannot be read, is too large (PIL's decompression-bomb limit, or 256 MiB
-            to download), is PostScript (which PIL gives to another program to run), is of a mode without a range of
-            its own (I, F), or is none of the above. The message names it, a URL without credentials and query.
+        ValueError: the source has no pixels, cannot be read, is over PIL's decompression-bomb limit or 256 MiB to
+            download, is PostScript, is of a mode without a range of its own (I, F), or is none of the above. The
+            message names it, a URL without credentials and query.
     """
     if isinstance(source, Mapping):
         value, sizes = _read_item(source)
@@ -78,10 +76,9 @@ def load_video(source: Any, *, upright: bool = False) -> list[Image.Image]:
     """Reads a video given as frames.
 
     Args:
-        source: a list or tuple of anything `load_image` takes; an array or tensor `[frames, H, W, C]` or
-            `[frames, C, H, W]`, uint8, uint16 or floating point, which is in 0…1, or, if any value is above 1, in
-            0…255 with fractions dropped (what torchvision's reader gives); or a file of several frames or pages (GIF,
-            APNG, WebP, TIFF), in any form that `load_image` takes.
+        source: a list or tuple of anything `load_image` takes; a file of several frames or pages (GIF, APNG, WebP,
+            TIFF) in any form that it takes; or an array or tensor `[frames, H, W, C]` or `[frames, C, H, W]`, uint8,
+            uint16 or floating point in 0…1, or in 0…255 with fractions dropped, as torchvision reads it.
         upright: as for `load_image`.
 
     Returns:
@@ -101,12 +98,7 @@ def load_video(source: Any, *, upright: bool = False) -> list[Image.Image]:
         return _load_each(source, "video frame {}", upright)
     try:
         with _opened(source) as image:
-            at, frames = image.tell(), []
-            for index in range(getattr(image, "n_frames", 1)):
-                image.seek(index)
-                frames.append(_to_rgb(image, upright))
-            image.seek(at)
-        return frames
+            return ImageSequence.all_frames(image, lambda frame: _to_rgb(frame, upright))
     except ValueError as error:
         raise ValueError(f"video: {error} There is no video decoder; pass a list of frames.") from error
 
