@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import random
 from itertools import pairwise
 
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LogitsProcessor
 
-import locateanything.generation as generation
 from locateanything.decoding import Acceptance, Phase, leave_label, verify, verify_label
 from tests.conftest import Batch, cases_of, model_of, tokenizer_of
 from tests.test_decoding import BOX, END, END_REF, NULL, REF, ROLES, C
@@ -37,21 +35,6 @@ def test_each_row_alone_answers_as_slow_did_in_fewer_forwards(golden):
         assert output.row_forwards[0] <= case["forward_step"]
         forwards, slow = forwards + int(output.row_forwards), slow + case["forward_step"]
     assert forwards < 0.6 * slow
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("packed", [True, False])
-def test_any_batch_answers_as_its_rows_alone(golden, seed, packed, monkeypatch):
-    if not packed:
-        monkeypatch.setattr(generation, "packs", lambda device: False)
-    rng = random.Random(f"{golden} {seed}")
-    cases = rng.choices(cases_of(golden), k=30)
-    modes = ["verified" if case["generation_mode"] == "slow" else case["generation_mode"] for case in cases]
-    batch = Batch(golden, cases, extra_padding=rng.choice([0, 5]))
-    output = batch.run(generation_mode=modes, max_batch_rows=rng.choice([None, 3, 11]))
-    assert batch.answers(output) == batch.expected()
-    for mode, count, case in zip(modes, output.row_forwards.tolist(), cases, strict=True):
-        assert count <= case["forward_step"] if mode == "verified" else count == case["forward_step"]
 
 
 def test_the_draft_saves_two_thirds_of_the_forwards_where_windows_are_right():
@@ -176,6 +159,7 @@ def test_out_of_memory_loses_no_token(monkeypatch):
 # ---- sampling
 
 
+@pytest.mark.slow
 def test_samples_follow_next_token_decodings_distribution():
     """A chi-squared test of 4000 answers of three tokens, some accepted from drafts and some not.
 
