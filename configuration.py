@@ -75,27 +75,22 @@ class TokenRoles:
         if text.use_sliding_window:
             raise ValueError("text_config.use_sliding_window is true; LocateAnything attends to its whole prompt.")
         named = ("box_start", "box_end", "coord_start", "coord_end", "ref_start", "ref_end", "none")
-        roles = cls(
-            image=config.image_token_index,
-            **{name: getattr(config, f"{name}_token_id") for name in named},
-            null=getattr(text, "null_token_id", None),
-            mask=getattr(text, "text_mask_token_id", None),
-            end=end[0] if isinstance(end, list) and end else end,
-        )
-        ids = vars(roles)
+        ids: dict[str, Any] = {name: getattr(config, f"{name}_token_id") for name in named}
+        ids["image"], ids["end"] = config.image_token_index, end[0] if isinstance(end, list) and end else end
+        ids["null"], ids["mask"] = getattr(text, "null_token_id", None), getattr(text, "text_mask_token_id", None)
         outside = {name: i for name, i in ids.items() if not isinstance(i, int) or not 0 <= i < text.vocab_size}
         if outside:
             raise ValueError(f"token roles without an id in the vocabulary of {text.vocab_size}: {outside}.")
-        if roles.coord_end - roles.coord_start != 1000:
+        first, last = ids["coord_start"], ids["coord_end"]
+        if last - first != 1000:
             raise ValueError(
-                f"coord_start_token_id={roles.coord_start} … coord_end_token_id={roles.coord_end} must span the 1001 "
-                "coordinates 0…1000."
+                f"coord_start_token_id={first} … coord_end_token_id={last} must span the coordinates 0…1000."
             )
         others = {name: i for name, i in ids.items() if not name.startswith("coord_")}
-        inside = {name: i for name, i in others.items() if roles.coord_start <= i <= roles.coord_end}
+        inside = {name: i for name, i in others.items() if first <= i <= last}
         if inside or len(set(others.values())) != len(others):
             raise ValueError(f"token roles share an id: {inside or others}.")
-        return roles
+        return cls(**ids)
 
 
 class MoonViTConfig(PretrainedConfig):

@@ -142,22 +142,12 @@ def read_call(
     sequences = arguments.pop("num_return_sequences", (given or model.generation_config).num_return_sequences or 1)
     check_number("num_return_sequences", sequences, whole=True, least=1)
     sequences = int(sequences)
-    config, unknown = model._prepare_generation_config(given, **arguments)
-    for name, off in _WITHOUT_EFFECT.items():
-        asked = unknown.pop(name, getattr(config, name, None))
-        if asked and asked != off:
-            raise ValueError(f"{name}={asked!r} is not supported: it has no meaning for this model's decoding.")
-    if unknown:
-        known = [*vars(config), "generation_mode", "pixel_values", "image_grid_hws", "visual_features"]
-        close = difflib.get_close_matches(next(iter(unknown)), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"generate() got unknown arguments: {', '.join(unknown)}.{hint}")
-
+    config = _merged(model, given, arguments)
     # of the model's own config, only what differs from transformers' defaults speaks
-    source = model.generation_config.to_diff_dict() if given is None else vars(config)
-    spoken = {name: source.get(name) for name in _PER_ROW if not (stock_call and given is None)}
-    if spoken.get("max_length") == 20:  # transformers' default is nobody's wish
-        del spoken["max_length"]
+    said = {} if stock_call else model.generation_config.to_diff_dict()
+    said |= {} if given is None else {name: value for name, value in vars(given).items() if value is not None}
+    # 4.57's default length is nobody's wish
+    spoken = {name: said[name] for name in _PER_ROW if name in said and (name, said[name]) != ("max_length", 20)}
     settings = []
     for row, mode, verified in zip(
         range(count), _per_row("generation_mode", modes, count), _per_row("verify_labels", labels, count), strict=True
@@ -173,9 +163,6 @@ def read_call(
         # the other modes accept every token by next-token decoding anyway
         settings.append(RowSettings(mode, limit, sampling, least, verified and mode in ("hybrid", "fast")))
 
-    if config.pad_token_id is None:
-        config.pad_token_id = model.pad_token_id
-    model._prepare_special_tokens(config, device="cpu")
     ends = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
     # what the rows' settings and the rules already do must not be done a second time by transformers' factories
     config.eos_token_id = config._eos_token_tensor = config.max_new_tokens = None
@@ -199,6 +186,24 @@ def read_call(
     return Call(rows, sequences, frozenset(ends) - {model.roles.end}, config)
 
 
+def _merged(model: Any, given: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
+    """transformers' merge of the generation configs and the arguments, without what has no meaning here."""
+    config, unknown = model._prepare_generation_config(given, **arguments)
+    for name, off in _WITHOUT_EFFECT.items():
+        asked = unknown.pop(name, getattr(config, name, None))
+        if asked and asked != off:
+            raise ValueError(f"{name}={asked!r} is not supported: it has no meaning for this model's decoding.")
+    if unknown:
+        known = [*vars(config), "generation_mode", "pixel_values", "image_grid_hws", "visual_features"]
+        close = difflib.get_close_matches(next(iter(unknown)), known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"generate() got unknown arguments: {', '.join(unknown)}.{hint}")
+    if config.pad_token_id is None:
+        config.pad_token_id = model.pad_token_id
+    model._prepare_special_tokens(config, device="cpu")
+    return config
+
+
 def _per_row(name: str, value: Any, rows: int) -> list[Any]:
     """One value for every row: a scalar for all, or as many as there are rows. Also as a tensor or array."""
     value = value.tolist() if hasattr(value, "tolist") else value
@@ -215,8 +220,8 @@ def check_number(name: str, value: Any, *, whole: bool = False, least: float = -
     Raises:
         ValueError: naming the argument.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool) and -1e300 < value < 1e300
-    if not number or (whole and int(value) != value) or value < least:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and -1e300 < value < 1e300 and value >= least) or (whole and int(value) != value):
         bound = "" if least == -math.inf else f" of {least} or more"
         raise ValueError(f"{name}={value!r}: expected a {'whole ' if whole else ''}number{bound}.")
 

@@ -67,7 +67,7 @@ class LocateAnythingGenerateOutput(ModelOutput):
 
     sequences: torch.Tensor | None = None
     row_forwards: torch.Tensor | None = None
-    finish_reasons: list[str] | None = None
+    finish_reasons: list[str | None] | None = None
     row_errors: list[str | None] | None = None
     token_log_probs: torch.Tensor | None = None
     accepted_by: torch.Tensor | None = None
@@ -155,7 +155,7 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
     """
 
     # of the kind that the decoder's own is: 5.x maps to what a weight is tied to, 4.57 lists what is tied
-    _tied_weights_keys = (
+    _tied_weights_keys: Any = (
         {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
         if isinstance(Qwen2ForCausalLM._tied_weights_keys, dict)
         else ["language_model.lm_head.weight"]
@@ -222,7 +222,7 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
         self.language_model.enable_input_require_grads()
         inside = "language_model.base_model.model"
         tied = {f"{inside}.lm_head.weight": f"{inside}.model.embed_tokens.weight"}
-        self._tied_weights_keys: Any = type(self._tied_weights_keys)(tied)
+        self._tied_weights_keys = type(self._tied_weights_keys)(tied)
         if getattr(self, "all_tied_weights_keys", None):  # of 5.x
             self.all_tied_weights_keys = tied
 

@@ -191,7 +191,7 @@ def test_magi_means_the_default(tmp_path):
         (lambda c: c["text_config"].update(block_size=4), "block_size is 4"),
         (lambda c: c.update(box_start_token_id=151668), "vocabulary of 1440: .'box_start': 151668"),
         (lambda c: c.update(box_end_token_id=c["box_start_token_id"]), "share an id"),
-        (lambda c: c.update(coord_end_token_id=1431), "1001 coordinates"),
+        (lambda c: c.update(coord_end_token_id=1431), "span the coordinates"),
         (lambda c: c["text_config"].update(use_sliding_window=True), "use_sliding_window"),
     ],
 )
