@@ -426,6 +426,7 @@ def test_the_shape_of_transformers_detectors():
     assert row["labels"].tolist() == [-1] * 5 and row["scores"].isnan().all()
 
 
+@pytest.mark.slow  # `make test-all` installs the package
 def test_supervision_takes_the_result():
     sv = pytest.importorskip("supervision")
     ids = ids_of(SAID)
