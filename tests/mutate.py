@@ -202,6 +202,9 @@ class Mutation:
             for key, value in list(vars(module).items()):
                 if getattr(value, "__module__", None) == self.name and getattr(old, key, None) is value:
                     setattr(module, key, getattr(new, key))
+                bases = tuple(getattr(new, base.__name__, base) for base in getattr(value, "__bases__", ()))
+                if isinstance(value, type) and any(base.__module__ == self.name for base in value.__bases__):
+                    value.__bases__ = bases
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ FIRST = box(100, 40, 105, 300)
         (row(10, 5, 5), FIRST),
         (row(10, 5, 4), FIRST),
         (row(10, 5, -5), FIRST),
-        (row(10, 3, 3, axis=1), box(40, 100, 300, 103)),
+        (row(10, 5, 5, axis=1), box(40, 100, 300, 105)),
         ("".join(box(x + 5, 300, x, 40) for x in range(100, 150, 5)), box(105, 300, 100, 40)),  # corners the other way
         ("".join(box(x, 40 + x % 2, x + 5, 300) for x in range(100, 150, 5)), FIRST),
         (row(9, 5, 5), None),
@@ -97,6 +97,7 @@ FIRST = box(100, 40, 105, 300)
         ("".join(box(x * x, 40, x * x + 5, 300) for x in range(10)), None),  # no equal steps
         (row(9, 5, 5) + "<ref>b</ref>" + box(145, 40, 150, 300), None),  # another thing
         (f"<ref>a</ref>,{A * 3}", f"<ref>a</ref>,{A}"),
+        (f"<ref>a</ref>,{A}" * 3, f"<ref>a</ref>,{A}<ref>a</ref>,"),
         (f"<ref>a</ref><ref>b</ref>{A}<ref>c</ref>{A * 2}", None),
         ("".join(f"<box><1><2><3>{'abcdefghij'[i]}</box>" for i in range(10)), None),  # no coordinates
         ("".join(box(x, y) for x in range(0, 100, 4) for y in range(0, 8, 4)), None),
@@ -140,8 +141,30 @@ def test_boxes_that_jitter_are_one(seed):
     assert cut_at([tuple(value + draw.randint(1, 3) for value in cycle[i % 3]) for i in range(300)]) == 3
     points = [(500 + draw.randint(1, 3), 500 + draw.randint(1, 3)) for _ in range(300)]
     assert cut_at(points) is not None
-    assert cut_at([place, (x + 4, y, x + w, y + h)] * 9) == 2, "a cycle of two that differ by more"
-    assert cut_at([(x + i % 4 // 2 * 4, y, x + w + 40, y + h) for i in range(3)]) is None
+
+
+@pytest.mark.parametrize(
+    ("place", "shift", "same"),
+    [
+        ((100, 100, 300, 300), (3, 3, 3, 3), True),
+        ((100, 100, 300, 300), (4, 0, 0, 0), False),
+        ((100, 100, 300, 300), (0, 0, 0, 4), False),
+        ((0, 100, 300, 300), (3, 0, 0, 0), True),
+        ((100, 100, 108, 300), (2, 3, 2, 3), True),  # a quarter of its side
+        ((100, 100, 111, 300), (3, 0, 0, 0), False),
+        ((100, 100, 300, 108), (3, 2, 3, 2), True),
+        ((100, 100, 300, 111), (0, 0, 0, 3), False),
+        ((500, 500), (1, 1), True),
+        ((500, 500), (2, 0), False),
+        ((500, 500), (0, 2), False),
+    ],
+)
+def test_what_differs_by_no_more_is_the_same(place, shift, same):
+    other = tuple(value + by for value, by in zip(place, shift, strict=True))
+    assert cut_at([place, other, place]) == (1 if same else None)
+    assert cut_at([place, other] * 3) == (1 if same else 2), "two that differ by more are a cycle of two"
+    assert cut_at([place, other, place], tolerance=0) is None
+    assert cut_at([(*place[:2], 900, 900), place[:2]] * 3) == 2, "a point is no box"
 
 
 @pytest.mark.parametrize("pitch", [2, 3, 4, 6])
