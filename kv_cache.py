@@ -271,6 +271,8 @@ class WindowAttention(Qwen2Attention):
         keys, values = slot_cache.update(key, value, self.layer_idx, step)
 
         implementation = self.config._attn_implementation or "sdpa"
+        if implementation not in ("sdpa", "eager") and "flash" not in implementation:
+            raise ValueError(f"attn_implementation={implementation!r}: generate() has sdpa, eager and flash kernels.")
         if "flash" in implementation and isinstance(step, PrefillStep) and not any(c.start for c in step.chunks):
             attended = self.flash_prefill(query, key, value, step)
         else:

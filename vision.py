@@ -7,6 +7,7 @@ Parameter names and shapes are the official checkpoint's (docs/checkpoint.md, "T
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -318,9 +319,10 @@ class ImageFeatures:
 
     # ---- transformers' own generate
 
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature says what generate may be given
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         own: Any = super()
-        inputs = own.prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = own.prepare_inputs_for_generation(input_ids, *args, **kwargs)
         fed = inputs.get("input_ids")
         if fed is not None and not (fed == self.image_token_index).any():
             # the images are in the cache already

@@ -160,6 +160,9 @@ def test_an_attention_that_the_model_lacks_is_refused(implementation):
     model.vision_model.config._attn_implementation = implementation  # as with a function registered for others
     with pytest.raises(ValueError, match=rf"attn_implementation='{implementation}'"):
         model.extract_feature(torch.zeros(4, 3, 14, 14), [[2, 2]])
+    model.language_model.config._attn_implementation = implementation
+    with pytest.raises(ValueError, match=rf"attn_implementation='{implementation}'"):
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=1)
 
 
 # ---- what the code may do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache, Qwen2ForCausalLM
 
 from locateanything.configuration import LocateAnythingConfig
 from locateanything.modeling_locateanything_batched import (
@@ -131,6 +133,8 @@ def test_the_plain_models_generate_repeats_images_with_their_rows():
 
     expected = [case["output_ids"][:6] for case in cases]
     assert ask(do_sample=False) == ask(do_sample=False, use_cache=False) == expected
+    name = "cache" if "cache" in inspect.signature(Qwen2ForCausalLM.forward).parameters else "past_key_values"
+    assert ask(do_sample=False, use_cache=True, **{name: DynamicCache()}) == expected
     twice = ask(do_sample=True, temperature=1e-4, num_return_sequences=2)  # nearly greedy
     assert twice == [row for row in expected for _ in range(2)]
 
