@@ -20,7 +20,7 @@ from tests.conftest import CHECKPOINTS, GOLDENS, Batch, cases_of, pixels_of
 
 
 def published_shapes() -> dict[str, list[int]]:
-    """The 770 tensors of nvidia/LocateAnything-3B, from checkpoint.md's table."""
+    """The 770 tensors of nvidia/LocateAnything-3B, from docs/checkpoint.md's table."""
     shapes = {
         "vision_model.patch_embed.proj.weight": [1152, 3, 14, 14],
         "vision_model.patch_embed.proj.bias": [1152],

@@ -50,7 +50,7 @@ def test_next_tokens_score_what_a_plain_forward_gives_them(golden, mode):
 
 
 def test_a_windows_tokens_score_what_the_window_gives_them(golden):
-    """The first window, by a dense pass over prompt and window that is written from decoding.md alone."""
+    """The first window, by a dense pass over prompt and window that is written from docs/stock-behaviour.md alone."""
     stock = StandIn.from_pretrained(CHECKPOINTS[golden]).eval()
     prompts = list({case["case"]: case for case in cases_of(golden)}.values())[:10]
     for case in prompts:
