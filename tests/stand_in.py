@@ -1,7 +1,8 @@
 """A stand-in for the stock model, written from the spec for the tests of patch/ only.
 
-The module tree and parameter names are the official checkpoint's (docs/checkpoint.md), `generate` has the stock's batch-1
-contract (docs/stock-behaviour.md §6) and decodes naively: everything is recomputed at every step, under dense masks.
+The module tree and parameter names are the official checkpoint's (docs/checkpoint.md), `generate` has the stock's
+contract for one row (docs/stock-behaviour.md §6) and decodes naively: everything is recomputed at every step, under
+dense masks.
 """
 
 from __future__ import annotations
