@@ -229,7 +229,7 @@ class GroundingMixin:
         values = torch.zeros(len(rows), 0) if log_probs is None else torch.as_tensor(log_probs)
         if values.ndim != 2 or len(values) != len(rows) or values.shape[1] > min(map(len, rows), default=0):
             raise ValueError(
-                f"outputs: got token_log_probs {list(values.shape)} for {len(rows)} rows; expected [rows, new]."
+                f"outputs: got token_log_probs {list(values.shape)} for {len(rows)} rows of other lengths."
             )
         lines = [None] * len(rows) if log_probs is None else values.tolist()
         each = zip(rows, lines, _sizes(target_sizes, len(rows)), _classes(queries, len(rows)), strict=True)
