@@ -591,7 +591,7 @@ def test_padding(processor):
         ({}, "text"),
         ({"text": []}, "text"),
         ({"text": [["a"]]}, "text"),
-        ({"text": "half of \ud83d"}, "surrogates"),
+        ({"text": "half of \ud83d"}, "text 0: holds half of a character"),
         ({"text": "<image-1>"}, "images: got 0; .* take 1"),
         ({"text": "a", "images": [WIDE]}, "images: got 1; .* take 0 .*Write <image-1>"),
         ({"text": "<image-1>", "images": [WIDE, WIDE]}, "images: got 2; .* take 1"),
