@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """CUDA graphs of the decode step: one launch for what are a thousand, captured at first use of a shape.
 
-A step reads its state and the cache from buffers that stay where they are, so a graph needs no inputs. Few shapes are
-captured; a step runs in the smallest that holds it, whose other slots have nothing to do.
+A step reads its state and the cache from buffers that stay where they are, so a graph needs no inputs. A step runs in
+the smallest of few shapes that holds it; the other slots have nothing to do.
 """
 
 from __future__ import annotations

@@ -42,11 +42,9 @@ def packs(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class RowSettings:
-    """mode: "hybrid", "fast", "slow" or "verified". limit: the row decodes while it and its prompt are shorter.
-
-    least: tokens, prompt included, before which its end is held back. verify_labels: text in labels is accepted as in
-    mode "verified".
-    """
+    """mode: "hybrid", "fast", "slow" or "verified". limit: the row decodes while it and its prompt are shorter. least:
+    tokens, prompt included, before which its end is held back. verify_labels: text in labels is accepted as in mode
+    "verified"."""
 
     mode: str
     limit: int
@@ -127,10 +125,8 @@ class Row:
 
     def spend_noise(self, tokens: int) -> None:
         """So many positions have got their tokens; what is left is for the next ones, as long as a draft is verified.
-
         A row that leaves a label puts its own generator back behind what was spent: how much lay ready depends on the
-        drafts, and so on whether a step was done again after running out of memory.
-        """
+        drafts, and so on whether a step was done again after running out of memory."""
         if self.phase == Phase.VERIFIED and not self.finish_reason:
             del self.noise[:tokens]
             return
@@ -237,10 +233,8 @@ class GenerationLoop:
         del self.cache, self.run_step, self.sampler
 
     def halve(self, error: torch.OutOfMemoryError) -> None:
-        """Goes on with half the slots and half the prompt tokens and patches a pass.
-
-        Unfinished rows wait again, with the tokens they have; what they had cached is computed anew.
-        """
+        """Goes on with half the slots and half the prompt tokens and patches a pass. Unfinished rows wait again, with
+        the tokens they have; what they had cached is computed anew."""
         if self.slots == 1 and self.prefill_tokens <= LEAST_PREFILL_TOKENS:
             raise error
         logger.warning_once(f"out of memory with {self.slots} rows at a time; going on with half of it")
@@ -282,18 +276,13 @@ class GenerationLoop:
             while self.active and self.active[-1].finish_reason:
                 self.active.pop()
             if slot < len(self.active):
-                self.active[slot] = self.active.pop()
-                self.move(len(self.active), slot)
+                last = self.active[slot] = self.active.pop()
+                source = len(self.active)
+                self.cache.move(source, slot, last.cached)
+                self.cache.clear(slot, last.cached, self.written[slot])
+                self.residents[slot], self.tokens[slot] = self.residents.pop(source), self.tokens[source]
         if entering:
             self.enter(entering)
-
-    def move(self, source: int, target: int) -> None:
-        """The row of slot `source`, whose place is closed, goes on in slot `target`."""
-        cached = self.active[target].cached
-        self.cache.move(source, target, cached)
-        self.cache.clear(target, cached, self.written[target])
-        self.residents[target] = self.residents.pop(source)
-        self.tokens[target] = self.tokens[source]
 
     def enter(self, entering: dict[int, Row]) -> None:
         """Caches all but the last token of entering rows; that one is pending in their first step."""
@@ -317,14 +306,12 @@ class GenerationLoop:
             self.features.release(row.index)
 
     def sound(self, planned: list[PromptChunk]) -> list[PromptChunk]:
-        """Chunks that share finite numbers only; the others are computed whole.
-
-        NaN in one picture spreads to the tokens before it: 0 × NaN, under the causal mask.
-        """
+        """Chunks that share finite numbers only; the others are computed whole. NaN in one picture spreads to tokens
+        before it: 0 × NaN, under the causal mask."""
         chunks: dict[int, PromptChunk] = {}
         for chunk in planned:
-            lost = chunk.donor in chunks and not chunks[chunk.donor].start  # what the donor was to share itself
-            if chunk.start and (lost or not self.cache.is_finite(chunk.donor, chunk.start)):
+            anew = chunk.donor in chunks and not chunks[chunk.donor].start  # the donor will not hold it any more
+            if chunk.start and (anew or not self.cache.is_finite(chunk.donor, chunk.start)):
                 chunk = PromptChunk(chunk.slot, 0, chunk.stop)
             chunks[chunk.slot] = chunk
         return list(chunks.values())
@@ -385,13 +372,12 @@ class GenerationLoop:
     def read(self, hidden: torch.Tensor, rows: list[Row], slots: torch.Tensor) -> torch.Tensor:
         """`[R, lines, hidden]`, what the rules of these rows' phase read: the window, or behind the last committed
         token and each of the draft, or (a draft) both, one after the other."""
-        window = hidden[slots, -WINDOW:]
         if rows[0].phase == Phase.MTP:
-            return window
+            return hidden[slots, -WINDOW:]
         last = self.state[slots, State.COMMITTED] - self.state[slots, State.CACHED] - 1
         column = last[:, None] + torch.arange(1 + max(len(row.draft) for row in rows), device=self.device)
         causal = hidden[slots[:, None], column.clamp(max=hidden.shape[1] - 1)]
-        return causal if rows[0].phase == Phase.AR else torch.cat([causal, window], 1)
+        return causal if rows[0].phase == Phase.AR else torch.cat([causal, hidden[slots, -WINDOW:]], 1)
 
     def accept(self, logits: torch.Tensor, rows: list[Row], slots: torch.Tensor) -> torch.Tensor:
         """`[R, lines, V]` of rows of one phase → `[R, 22]` long: 11 tokens, how many of them are accepted, how many

@@ -106,10 +106,7 @@ class SlotKVCache:
 
 @dataclass(frozen=True)
 class PromptChunk:
-    """Tokens `start` … `stop` - 1 of the row in `slot`, behind `start` ones that are cached when it is computed.
-
-    donor: the slot that these are copied from, if another one.
-    """
+    """Tokens `start` … `stop` - 1 of the row in `slot`; the `start` ones before them are copied from slot `donor`."""
 
     slot: int
     start: int
@@ -156,11 +153,10 @@ class PrefillStep:
 class DecodeStep:
     """One decode pass over the rows in slots 0 … R-1: pending tokens, then a window for each row that has one.
 
-    The grid of a step is `[R, Q]`: columns 0 … P-1 hold pending tokens (from the left), the last six, if any row has
-    one, the window. A row's draft is pending behind its committed tokens.
-
-    A window's keys go to the places right after the pending tokens, where the next step's pending tokens overwrite
-    them; until then the mask hides them from everybody but the window. So it is with a draft's that did not hold.
+    The grid of a step is `[R, Q]`: columns 0 … P-1 hold pending tokens (from the left; a row's draft is pending behind
+    its committed tokens), the last six, if any row has one, the window. A window's keys go to the places right after
+    the pending tokens, where the next step's pending tokens overwrite them; until then the mask hides them from
+    everybody but the window. So it is with a draft's that did not hold.
 
     Args:
         state: `[R, WIDTH]` long, see `State`. pending: P, at least the most that a row has. windows: whether any has
@@ -227,10 +223,8 @@ class DecodeStep:
         return cells if len(self.kept) == len(cells) else cells[self.kept]
 
     def mask(self, dtype: torch.dtype, group: int) -> torch.Tensor:
-        """Additive `[R, 1, group * Q, K]`, 0 where visible: the same for each of a key head's `group` query heads.
-
-        Made once a step: every layer asks for the same one.
-        """
+        """Additive `[R, 1, group * Q, K]`, 0 where visible, for each of a key head's `group` query heads; made once a
+        step."""
         if self._mask is None or self._mask.dtype != dtype:
             hidden = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device)
             hidden.masked_fill_(~self.visible, float("-inf"))
@@ -274,28 +268,14 @@ class WindowAttention(Qwen2Attention):
         if implementation not in ("sdpa", "eager") and "flash" not in implementation:
             raise ValueError(f"attn_implementation={implementation!r}: generate() has sdpa, eager and flash kernels.")
         if "flash" in implementation and isinstance(step, PrefillStep) and not any(c.start for c in step.chunks):
-            attended = self.flash_prefill(query, key, value, step)
+            # whole prompts in one varlen call of the flash kernel that transformers found
+            lengths = {"cu_seq_lens_q": step.bounds, "cu_seq_lens_k": step.bounds}
+            lengths |= {"max_length_q": max(step.lengths), "max_length_k": max(step.lengths), "is_causal": True}
+            flash = ALL_ATTENTION_FUNCTIONS[implementation]
+            attended, _ = flash(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **lengths)
         else:
             attended = step.attend(query, keys, values, self.scaling, implementation)
         return self.o_proj(attended.flatten(2)), None
-
-    def flash_prefill(self, query, key, value, step: PrefillStep) -> torch.Tensor:
-        """Whole prompts in one varlen call of the flash kernel that transformers found."""
-        attended, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-            self,
-            query,
-            key,
-            value,
-            attention_mask=None,
-            dropout=0.0,
-            scaling=self.scaling,
-            cu_seq_lens_q=step.bounds,
-            cu_seq_lens_k=step.bounds,
-            max_length_q=max(step.lengths),
-            max_length_k=max(step.lengths),
-            is_causal=True,
-        )
-        return attended
 
 
 def _attend(q, k, v, mask, scaling, implementation):
