@@ -2,10 +2,10 @@
 
     python benchmarks/load.py --rows 10000 --calls 20000 [--slots 32] [--checkpoint demo/checkpoint] [--json FILE]
 
-Rows are drawn from seeds: scenes (scenes.py), questions, modes, limits and recipes, greedy or sampled with a generator
-of the row's own. Each distinct row is first run alone. Then come `--rows` of them through one `generate` call, and
-`--calls` calls of one to three rows. It prints rows or calls a second, resident memory at marks on the way, and how
-many rows differ from themselves alone; where any does, it exits with status 1.
+Rows are drawn from seeds: scenes (scenes.py), questions, modes, limits and sampling parameters, greedy or sampled with
+a generator of the row's own. Each distinct row is first run alone. Then come `--rows` of them through one `generate`
+call, and `--calls` calls of one to three rows. It prints rows or calls a second, resident memory at marks on the way,
+and how many rows differ from themselves alone; where any does, it exits with status 1.
 """
 
 from __future__ import annotations
