@@ -407,7 +407,7 @@ class PromptFeatures:
         chosen = [self.images[image] for image in images]
         if self.kind == "pixels" and chosen:
             grids = torch.tensor([self.sizes[image] for image in images])
-            chosen = self.model.extract_feature(torch.cat(chosen), grids, self.patches_a_pass)
+            chosen = self.model.extract_feature(chosen, grids, self.patches_a_pass)
         return chosen if self.kind == "projected" else self.model.project(chosen)
 
 

@@ -351,15 +351,16 @@ def read_images(pixel_values: Any, image_grid_hws: Any) -> tuple[list[torch.Tens
         return [], []
     if image_grid_hws is None:
         raise ValueError("pixel_values came without image_grid_hws; pass the processor's output whole.")
-    listed = isinstance(pixel_values, (list, tuple))
-    pixels = torch.cat([*map(torch.as_tensor, pixel_values)]) if listed else torch.as_tensor(pixel_values)
     sizes = [(int(height), int(width)) for height, width in torch.as_tensor(image_grid_hws).tolist()]
     patches = [height * width for height, width in sizes]
-    if pixels.dim() != 4 or len(pixels) != sum(patches):
-        raise ValueError(
-            f"pixel_values are {list(pixels.shape)}, but image_grid_hws {sizes} make [{sum(patches)}, 3, P, P]."
-        )
-    return list(pixels.split(patches)), sizes
+    listed = isinstance(pixel_values, (list, tuple))
+    pieces = [torch.as_tensor(piece) for piece in (pixel_values if listed else [pixel_values])]
+    if any(piece.dim() != 4 for piece in pieces) or sum(map(len, pieces)) != sum(patches):
+        found = [list(piece.shape) for piece in pieces]
+        raise ValueError(f"pixel_values are {found}, but image_grid_hws {sizes} make [{sum(patches)}, 3, P, P].")
+    if not listed:
+        pieces = list(pieces[0].split(patches))
+    return pieces if [*map(len, pieces)] == patches else list(torch.cat(pieces).split(patches)), sizes
 
 
 def place_of(module: nn.Module) -> torch.device:

@@ -521,7 +521,7 @@ def changed(batch: Batch, **kwargs):
         ({"image_grid_hws": None}, "without image_grid_hws"),
         ({"image_grid_hws": torch.tensor([[8, 10]])}, r"make \[80, 3"),
         ({"image_grid_hws": torch.tensor([[7, 10]])}, r"make \[70, 3"),
-        ({"pixel_values": torch.zeros(80, 588)}, r"pixel_values are \[80, 588\]"),
+        ({"pixel_values": torch.zeros(80, 588)}, r"pixel_values are \[\[80, 588\]\]"),
     ],
 )
 def test_bad_arguments_are_named(batch, kwargs, message, monkeypatch):

@@ -111,7 +111,7 @@ class Spy:
             return decode(embeddings, step, cache)
 
         def counted_extract(pixel_values, *args, **kwargs):
-            self.patches.append(len(pixel_values))
+            self.patches.append(sum(map(len, pixel_values)))
             return extract(pixel_values, *args, **kwargs)
 
         monkeypatch.setattr(model, "decode", counted_decode)
