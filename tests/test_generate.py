@@ -53,16 +53,6 @@ def test_a_dict_holds_sequences_and_forwards(batch):
     assert torch.equal(output[0], output.sequences)
 
 
-def test_inputs_may_come_first(batch):
-    rest = {name: value for name, value in batch.inputs.items() if name != "input_ids"}
-    assert batch.answers(batch.model.generate(batch.input_ids, **rest)) == batch.expected()
-
-
-def test_padding_is_found_without_a_mask(batch):
-    rest = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
-    assert batch.answers(batch.model.generate(**rest)) == batch.expected()
-
-
 def test_pad_token_id(batch):
     output = batch.model.generate(**batch.inputs, pad_token_id=7)
     width = batch.input_ids.shape[1]
@@ -71,30 +61,29 @@ def test_pad_token_id(batch):
     assert 7 in output[:, width:]
 
 
-def test_grids_may_be_numpy_and_masks_bool(batch):
-    batch.inputs["image_grid_hws"] = batch.inputs["image_grid_hws"].numpy()
-    batch.inputs["attention_mask"] = batch.attention_mask.bool()
-    assert batch.answers(batch.model.generate(**batch.inputs)) == batch.expected()
-
-
-def test_pixels_may_be_a_list(batch):
-    images = [pixels_of("shapes", image)[0] for case in batch.cases for image in case["images"]]
-    batch.inputs["pixel_values"] = images
-    assert batch.answers(batch.model.generate(**batch.inputs)) == batch.expected()
-
-
-def test_visual_features_instead_of_pixels(batch):
-    model, inputs = batch.model, dict(batch.inputs)
-    pixels, grids = inputs.pop("pixel_values"), inputs.pop("image_grid_hws")
+def test_inputs_may_come_in_other_ways(batch):
+    """By position, without a mask, bool, as arrays, images as a list or as features; pixels beside them are unused."""
+    model, pixels, grids = batch.model, batch.inputs["pixel_values"], batch.inputs["image_grid_hws"]
+    images = list(pixels.split(grids.prod(1).tolist()))
     with torch.no_grad():
         features = model.extract_feature(pixels, grids)
+        projected = torch.cat(model.project(features))
     assert features[0].shape[1] == 4 * model.config.vision_config.hidden_size
-    assert batch.answers(model.generate(**inputs, visual_features=features)) == batch.expected()
-    projected = torch.cat(model.get_image_features(pixels, grids))
-    assert batch.answers(model.generate(**inputs, visual_features=projected)) == batch.expected()
-    # scripts for the stock pass pixels along, which it does not look at either
+    arrays = {name: value.numpy() for name, value in batch.inputs.items()}
     unused = {"pixel_values": torch.zeros(1), "image_grid_hws": torch.tensor([[1, 1]])}
-    assert batch.answers(model.generate(**inputs, visual_features=features, **unused)) == batch.expected()
+    for way in (
+        {"inputs": batch.input_ids, "input_ids": None},
+        {"attention_mask": None},
+        {"attention_mask": batch.attention_mask.bool()},
+        arrays,
+        {"pixel_values": images},
+        {"pixel_values": [image.numpy() for image in images]},
+        {"visual_features": features, **unused},
+        {"visual_features": [feature.numpy() for feature in features], "pixel_values": None},
+        {"visual_features": projected, "pixel_values": None},
+        {"visual_features": projected.numpy(), "pixel_values": None},
+    ):
+        assert batch.answers(model.generate(**{**batch.inputs, **way})) == batch.expected(), way.keys()
 
 
 def test_a_prompt_without_images(shapes):
@@ -308,22 +297,6 @@ def test_values_that_mean_off_are_taken():
     assert batch.answers(batch.run(**off)) == batch.expected()
 
 
-def test_arrays_of_numpy_are_tensors():
-    batch = Batch("shapes", greedy("hybrid", 2))
-    model, pixels, grids = batch.model, batch.inputs["pixel_values"], batch.inputs["image_grid_hws"]
-    with torch.no_grad():
-        features = model.extract_feature(pixels, grids)
-    rest = {name: value.numpy() for name, value in batch.inputs.items() if name != "pixel_values"}
-    for images in (
-        {"pixel_values": pixels.numpy()},
-        {"pixel_values": [piece.numpy() for piece in pixels.split(grids.prod(1).tolist())]},
-        {"visual_features": [feature.numpy() for feature in features]},
-        {"visual_features": torch.cat(model.project(features)).detach().numpy()},
-    ):
-        output = model.generate(**rest, **images, generation_mode="hybrid")
-        assert batch.answers(output) == batch.expected(), list(images)
-
-
 @pytest.mark.parametrize("mode", ["slow", "verified", "fast"])
 def test_the_least_length_is_counted_without_the_end(mode):
     """As transformers does: of min_new_tokens=n, the end may be token n + 1."""
@@ -484,35 +457,16 @@ def changed(batch: Batch, **kwargs):
         ({"generator": [torch.Generator()]}, "generator has 1 generators for 4 rows"),
         ({"max_batch_rows": 0}, "max_batch_rows=0"),
         ({"max_new_tokens": "5"}, "max_new_tokens='5': expected a whole number"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: expected a whole number"),
         ({"temperature": "hot"}, "temperature='hot': expected a number"),
-        ({"temperature": 10**400}, "temperature=1000.*: expected a number"),
-        ({"temperature": [0.0, "hot", 0.0, 0.0]}, "temperature='hot': expected a number"),
-        ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_k": float("inf"), "temperature": 1.0}, "top_k=inf: expected a whole number"),
-        ({"max_new_tokens": float("inf")}, "max_new_tokens=inf: expected a whole number of 1 or more"),
-        ({"max_new_tokens": float("nan")}, "max_new_tokens=nan"),
-        ({"num_return_sequences": True}, "num_return_sequences=True: expected a whole number of 1 or more"),
         ({"stop_strings": 5}, "stop strings"),
         ({"max_batch_rows": "3"}, "max_batch_rows='3': expected a whole number of 1 or more"),
-        ({"max_batch_rows": True}, "max_batch_rows=True"),
-        ({"max_batch_rows": 2.5}, "max_batch_rows=2.5"),
         ({"generator": 5}, "generator: got a int; expected a torch.Generator"),
-        ({"generator": list("abcd")}, "generator: got a str"),
-        ({"exponential_decay_length_penalty": (1, 2.0)}, "exponential_decay_length_penalty=.* is not supported"),
         ({"min_p": 0.1, "temperature": 1.0}, "min_p=0.1 is not supported"),
-        ({"guidance_scale": 3.0}, "guidance_scale=3.0 is not supported"),
         ({"cache_implementation": "static"}, "cache_implementation='static' is not supported"),
         ({"visual_features": torch.zeros(20, 7)}, r"visual_features are \[20, 7\]"),
         ({"input_ids": None}, "needs input_ids"),
-        (
-            {"input_ids": torch.zeros(0, 5, dtype=torch.long), "attention_mask": None},
-            r"input_ids are .* expected integers \[rows, length\]",
-        ),
-        (
-            {"input_ids": torch.zeros(4, 0, dtype=torch.long), "attention_mask": None},
-            r"input_ids are .* expected integers \[rows, length\]",
-        ),
+        ({"input_ids": torch.zeros(0, 5, dtype=torch.long)}, r"expected integers \[rows, length\]"),
         ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"expected integers \[rows, length\]"),
         ({"input_ids": torch.zeros(1, 5)}, "torch.float32"),
         ({"input_ids": torch.tensor([[1, 1440]]), "attention_mask": None}, "the vocabulary has 1440"),
@@ -520,7 +474,6 @@ def changed(batch: Batch, **kwargs):
         ({"pixel_values": None, "image_grid_hws": None}, "row 0 has .* image slots, but its images give 0"),
         ({"image_grid_hws": None}, "without image_grid_hws"),
         ({"image_grid_hws": torch.tensor([[8, 10]])}, r"make \[80, 3"),
-        ({"image_grid_hws": torch.tensor([[7, 10]])}, r"make \[70, 3"),
         ({"pixel_values": torch.zeros(80, 588)}, r"pixel_values are \[\[80, 588\]\]"),
     ],
 )
@@ -609,9 +562,3 @@ def test_autocast_over_wider_weights(batch):
     with torch.autocast("cpu", torch.bfloat16):
         answers = batch.answers(batch.model.generate(**batch.inputs))
     assert sum(one == other for one, other in zip(answers, batch.expected(), strict=True)) >= 2
-
-
-def test_settings_of_each_row_may_be_a_tensor(batch):
-    limits = [3, 60, 9, 60]
-    wanted = batch.model.generate(**batch.inputs, max_new_tokens=limits)
-    assert torch.equal(batch.model.generate(**batch.inputs, max_new_tokens=torch.tensor(limits)), wanted)
