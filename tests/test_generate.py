@@ -49,6 +49,7 @@ def test_a_dict_holds_sequences_and_forwards(batch):
     output = batch.model.generate(**batch.inputs, return_dict_in_generate=True)
     assert isinstance(output, ModelOutput)
     assert output.row_forwards.dtype == torch.long
+    assert output.finish_reasons == ["end"] * 4 and output.row_errors == [None] * 4
     assert output.row_forwards.tolist() == [case["forward_step"] for case in batch.cases]
     assert torch.equal(output[0], output.sequences)
 

@@ -239,7 +239,7 @@ print("SEEN", seen)
 """
 
 
-def test_loading_and_answering_touch_no_network_process_pickle_or_file(tmp_path):
+def test_loading_and_answering_say_nothing_and_touch_no_network_process_pickle_or_file(tmp_path):
     """A process that tells of every connection, process, unpickling, and write outside of the cache."""
     folder = assemble(OFFICIAL, tmp_path / "drop-in")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
@@ -251,3 +251,5 @@ def test_loading_and_answering_touch_no_network_process_pickle_or_file(tmp_path)
         cwd=tmp_path,
     )
     assert run.stdout.strip().endswith("SEEN []"), run.stdout + run.stderr
+    said = [line for line in run.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    assert not said, "loading and answering print something"
