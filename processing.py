@@ -110,10 +110,6 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         start, slot, end = map(re.escape, (image_start_token, image_token, image_end_token))
         self._mark = re.compile(f"{self._placeholder.pattern}|{start}(?:{slot})+{end}")
 
-    def py_apply_chat_template(self, messages: Sequence[Any], **kwargs: Any) -> Any:
-        """The model card's name for `apply_chat_template`."""
-        return self.apply_chat_template(messages, **kwargs)
-
     def apply_chat_template(
         self,
         conversation: Sequence[Any],
@@ -152,21 +148,22 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         ours = [name for name in kwargs if name in KEYWORDS or not re.search(rf"\b{name}\b", f"{template}{RENDERING}")]
         call = _read_keywords({**{name: kwargs.pop(name) for name in ours}, **(processor_kwargs or {})})
         call.setdefault("return_tensors", "pt" if return_dict else None)
-        call["return_offsets_mapping"] = kwargs.get("return_assistant_tokens_mask", False)
+        if kwargs.get("return_assistant_tokens_mask"):
+            call["return_offsets_mapping"] = True
 
         texts = super().apply_chat_template(conversations, template, **kwargs)
         for index, text in enumerate(texts):
             named = Counter((found[1], int(found[2])) for found in self._placeholder.finditer(text))
             if twice := [f"<{kind}-{number}>" for (kind, number), count in named.items() if count > 1]:
-                raise ValueError(
-                    f"conversation {index}: has {twice[0]!r} more than once, and would show it as often; write it "
-                    f"where it stands, or not at all, and other mentions as {twice[0].replace('-', ' ')}."
-                )
+                other = twice[0].replace("-", " ")
+                raise ValueError(f"conversation {index}: has {twice[0]!r} more than once; write others as {other}.")
         if not tokenize:
             return texts if is_batch else texts[0]
         kwargs |= {"tokenize": True, "return_dict": return_dict, "return_tensors": call["return_tensors"]}
         kwargs["processor_kwargs"] = {"common_kwargs": call}  # flat, 5.x would read into them
         return super().apply_chat_template(conversations, template, **kwargs)
+
+    py_apply_chat_template = apply_chat_template  # as the model card calls it
 
     def process_vision_info(
         self, messages: Sequence[Any], return_video_kwargs: bool = False, video_reader_backend: str | None = None
@@ -211,10 +208,8 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         for message in conversation:
             role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
             if not isinstance(role, str) or not isinstance(content, (str, list, tuple)):
-                raise ValueError(
-                    f"{name}: got a message with a {type(role).__name__} as role and a {type(content).__name__} as "
-                    "content; expected a text, and a text or a list of items."
-                )
+                kind = type(content).__name__
+                raise ValueError(f"{name}: got a {kind} as content of the role {role!r}; expected texts or a list.")
             items = [_typed_item(item) for item in ([content] if isinstance(content, str) else content or [""])]
             typed.append({**message, "content": items})
             texts = [item["text"] for item in items if item["type"] == "text"]
@@ -223,9 +218,7 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
             # an assistant's message may be an answer as the model gave it
             written = f"{role}\n{''.join(texts)}".removesuffix(TURN_END if role == "assistant" else "")
             if held := [mark for mark in marks if mark in written]:
-                raise ValueError(
-                    f"{name}: a {role[:20]!r} message holds {held[0]}, a mark of the prompt; put a space into it."
-                )
+                raise ValueError(f"{name}: a {role[:20]!r} message holds {held[0]}, a mark of the prompt itself.")
         words = {"image": self.image_placeholder, "video": self.video_placeholder}
         counts: Counter[str] = Counter()
         for item in (item for message in typed for item in message["content"] if item["type"] in words):
@@ -255,7 +248,6 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
             text: a text or a list of texts.
             videos: a video (what `load_video` takes, or an item with it as `video`, and `fps` and `timestamps`), a
                 list of videos, or a list of one list of videos per text; taken like the images.
-            audio: None.
             **kwargs: flat or in `text_kwargs`, `videos_kwargs`, … (the flat one counts): `padding` (default: several
                 texts are padded, on the left, where tensors are asked for), `padding_side`, `max_length` (to pad to),
                 `pad_to_multiple_of`, `add_special_tokens`, `return_tensors` ("pt", "np"), `return_offsets_mapping`,
@@ -268,8 +260,7 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
             the text as given a token stands, in characters; an image's slots stand at its placeholder.
 
         Raises:
-            ValueError: no text, a placeholder without an image, an image that no placeholder uses, slots that do not
-                fit, an image that cannot be used, truncation.
+            ValueError: no text, images that do not fit the placeholders or the slots or cannot be used, truncation.
             TypeError: an unknown keyword.
         """
         # transformers 4.57's apply_chat_template hands on its template's variables beside them
@@ -303,8 +294,7 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         slots = text.count(self.image_token)
         if slots and (images or videos or slots != "".join(runs).count(self.image_token)):
             raise ValueError(
-                f"{name}: holds {slots} {self.image_token}, which stand for an image's features; expected only "
-                f"placeholders like <{self.image_placeholder}-1>, or the processor's own expansion of all of them."
+                f"{name}: holds {slots} {self.image_token}; expected placeholders, or runs of slots alone."
             )
         return images or list(range(1, len(runs) + 1)), videos
 
@@ -452,15 +442,14 @@ def _deal(
         wanted = [max(numbers, default=0) for numbers in asked]
         if len(given) != sum(wanted):
             raise ValueError(
-                f"{name}: got {len(given)}; the placeholders of the {len(asked)} text(s) take {sum(wanted)} "
-                f"({', '.join(map(str, wanted))}). Write <{word}-1> where the first of a text belongs."
+                f"{name}: got {len(given)}; the texts' placeholders take {wanted}. Write <{word}-1> where one belongs."
             )
         sources = iter([(f"{name}[{i}]", value) for i, value in enumerate(given)])
         shares = [list(islice(sources, count)) for count in wanted]
     for index, (numbers, share) in enumerate(zip(asked, shares, strict=True)):
         if {*numbers} != {*range(1, len(share) + 1)}:
             raise ValueError(
-                f"text {index}: names {word}s {sorted({*numbers})}, but got {len(share)}; <{word}-K> counts from 1."
+                f"text {index}: names {word}s {sorted({*numbers})}, but got {len(share)}, counted from 1."
             )
     return [[load(*source) for source in share] for share in shares]
 
