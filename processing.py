@@ -37,12 +37,16 @@ CARD_TEMPLATE = r"""
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}
 """
+# Keywords: of rendering a template, of the tokenizer's `pad`, and all that a call takes, flat or in a group
 RENDERING = ("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask")
 PADDING = ("padding", "padding_side", "max_length", "pad_to_multiple_of")
 OFFSETS = ("return_offsets_mapping", "return_text_replacement_offsets")
 KEYWORDS = {*PADDING, *OFFSETS, "add_special_tokens", "fps", "return_tensors", "timestamps", "truncation"}
 GROUPS = ("common_kwargs", "images_kwargs", "text_kwargs", "videos_kwargs")
 
+SLOT, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"  # an image: one slot for each of its tokens
+_PLACEHOLDER = re.compile("<(image|video)-([0-9]{1,9})>")
+_MARK = re.compile(f"{_PLACEHOLDER.pattern}|{IMAGE_START}(?:{SLOT})+{IMAGE_END}")
 Images = list[Image.Image]
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
@@ -57,13 +61,12 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         image_processor, tokenizer: as `from_pretrained` loads them.
         chat_template: the checkpoint's Jinja template, kept for saving. It lacks the newline that ends the card's
             system turn, so `apply_chat_template` uses a template only where one is passed to it.
-        image_token, video_token: the slot that an image feature replaces.
-        image_start_token, image_end_token: what encloses an image's slots.
-        image_placeholder, video_placeholder: the words of `<image-1>` and `<video-1>`.
 
     Raises:
-        ValueError: a token that the tokenizer does not have.
+        ValueError: a tokenizer without LocateAnything's tokens.
     """
+
+    image_token = video_token = SLOT
 
     if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4.57 is told, 5.x reads the signature
         attributes = ["image_processor", "tokenizer"]
@@ -78,37 +81,16 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
             kwargs = {"extra_special_tokens": {}, "fix_mistral_regex": False, **kwargs}
             return [images, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
 
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        chat_template: str | None = None,
-        image_token: str = "<IMG_CONTEXT>",
-        video_token: str = "<IMG_CONTEXT>",
-        image_start_token: str = "<img>",
-        image_end_token: str = "</img>",
-        image_placeholder: str = "image",
-        video_placeholder: str = "video",
-    ):
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         ids = tokenizer.get_added_vocab()
-        for token in (image_token, video_token, image_start_token, image_end_token, TURN_START, TURN_END):
+        for token in (SLOT, IMAGE_START, IMAGE_END, TURN_START, TURN_END):
             if token not in ids:
                 raise ValueError(f"tokenizer: has no token {token!r} of its own; expected LocateAnything's.")
-        self.image_token = image_token
-        self.video_token = video_token
-        self.image_token_id, self.video_token_id = ids[image_token], ids[video_token]
-        self.image_start_token = image_start_token
-        self.image_end_token = image_end_token
-        self.image_placeholder = image_placeholder
-        self.video_placeholder = video_placeholder
+        self.image_token_id = self.video_token_id = ids[SLOT]
         tokenizer.padding_side = "left"
         # transformers' advice to pad in the call, which threads that share a tokenizer must not
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
-        kinds = "|".join(map(re.escape, (image_placeholder, video_placeholder)))
-        self._placeholder = re.compile(f"<({kinds})-([0-9]{{1,9}})>")
-        start, slot, end = map(re.escape, (image_start_token, image_token, image_end_token))
-        self._mark = re.compile(f"{self._placeholder.pattern}|{start}(?:{slot})+{end}")
 
     def apply_chat_template(
         self,
@@ -153,7 +135,7 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
 
         texts = super().apply_chat_template(conversations, template, **kwargs)
         for index, text in enumerate(texts):
-            named = Counter((found[1], int(found[2])) for found in self._placeholder.finditer(text))
+            named = Counter((found[1], int(found[2])) for found in _PLACEHOLDER.finditer(text))
             if twice := [f"<{kind}-{number}>" for (kind, number), count in named.items() if count > 1]:
                 other = twice[0].replace("-", " ")
                 raise ValueError(f"conversation {index}: has {twice[0]!r} more than once; write others as {other}.")
@@ -204,7 +186,6 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
             raise ValueError(f"messages: got a {type(conversation).__name__} as {name}; expected a list of messages.")
         typed: list[dict[str, Any]] = []
         named: set[str] = set()
-        marks = (TURN_START, TURN_END, self.image_token, self.video_token)
         for message in conversation:
             role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
             if not isinstance(role, str) or not isinstance(content, (str, list, tuple)):
@@ -214,16 +195,15 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
             typed.append({**message, "content": items})
             texts = [item["text"] for item in items if item["type"] == "text"]
             if role == "user":
-                named.update(found[0] for text in texts for found in self._placeholder.finditer(text))
+                named.update(found[0] for text in texts for found in _PLACEHOLDER.finditer(text))
             # an assistant's message may be an answer as the model gave it
             written = f"{role}\n{''.join(texts)}".removesuffix(TURN_END if role == "assistant" else "")
-            if held := [mark for mark in marks if mark in written]:
+            if held := [mark for mark in (TURN_START, TURN_END, SLOT) if mark in written]:
                 raise ValueError(f"{name}: a {role[:20]!r} message holds {held[0]}, a mark of the prompt itself.")
-        words = {"image": self.image_placeholder, "video": self.video_placeholder}
         counts: Counter[str] = Counter()
-        for item in (item for message in typed for item in message["content"] if item["type"] in words):
+        for item in (item for message in typed for item in message["content"] if item["type"] != "text"):
             counts[item["type"]] += 1
-            placeholder = f"<{words[item['type']]}-{counts[item['type']]}>"
+            placeholder = f"<{item['type']}-{counts[item['type']]}>"
             item["text"] = "" if placeholder in named else placeholder
         return typed
 
@@ -287,15 +267,13 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{name}: holds half of a character at {error.start}; expected valid Unicode.") from None
-        marks = list(self._mark.finditer(text))
-        images = [int(mark[2]) for mark in marks if mark[1] == self.image_placeholder]
-        videos = [int(mark[2]) for mark in marks if mark[1] == self.video_placeholder]
+        marks = list(_MARK.finditer(text))
+        images = [int(mark[2]) for mark in marks if mark[1] == "image"]
+        videos = [int(mark[2]) for mark in marks if mark[1] == "video"]
         runs = [mark[0] for mark in marks if not mark[1]]
-        slots = text.count(self.image_token)
-        if slots and (images or videos or slots != "".join(runs).count(self.image_token)):
-            raise ValueError(
-                f"{name}: holds {slots} {self.image_token}; expected placeholders, or runs of slots alone."
-            )
+        slots = text.count(SLOT)
+        if slots and (images or videos or slots != "".join(runs).count(SLOT)):
+            raise ValueError(f"{name}: holds {slots} {SLOT}; expected placeholders, or runs of slots alone.")
         return images or list(range(1, len(runs) + 1)), videos
 
     def _load(self, name: str, value: Any, load: Callable[..., Any] = load_image) -> Any:
@@ -310,7 +288,7 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
 
     def _load_clip(self, name: str, value: Any) -> Clip:
         item = value if isinstance(value, Mapping) else {"video": value}
-        return Clip(self._load(name, item["video"], load_video), item.get("fps"), item.get("timestamps"))
+        return Clip(self._load(name, item.get("video", item), load_video), item.get("fps"), item.get("timestamps"))
 
     def _expand(self, text: str, images: Images, clips: list[Clip]) -> tuple[str, list[int], Images]:
         """The text with its slots; where each of its characters was in `text`, and one behind; the images shown."""
@@ -318,16 +296,16 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         origin: list[int] = []
         shown: Images = []
         ready, done = iter(images), 0
-        for mark in self._mark.finditer(text):
+        for mark in _MARK.finditer(text):
             kind, number = mark[1], int(mark[2] or 0)
-            if kind == self.video_placeholder:
+            if kind == "video":
                 frames, captions = clips[number - 1].frames, clips[number - 1].captions(number)
             else:
                 frames = [images[number - 1] if kind else next(ready)]
                 captions = [f"<{kind} {number}>" if kind else ""]
             slots = "".join(caption + self._slots_of(frame) for caption, frame in zip(captions, frames, strict=True))
             if not kind and slots != mark[0]:
-                have, need = (run.count(self.image_token) for run in (mark[0], slots))
+                have, need = (run.count(SLOT) for run in (mark[0], slots))
                 raise ValueError(f"text: holds a run of {have} image slots; its image needs {need}.")
             words += [text[done : mark.start()], slots]
             origin += [*range(done, mark.start()), *[mark.start()] * len(slots)]
@@ -337,7 +315,7 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
 
     def _slots_of(self, image: Image.Image) -> str:
         count = self.image_processor.get_number_of_image_tokens(image.height, image.width)
-        return f"{self.image_start_token}{self.image_token * count}{self.image_end_token}"
+        return f"{IMAGE_START}{SLOT * count}{IMAGE_END}"
 
     def _tokenize(self, texts: list[str], origins: list[list[int]], options: Mapping[str, Any]) -> dict[str, Any]:
         tensors = options.get("return_tensors")
@@ -355,7 +333,7 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         unpadded = {name: rows[name] for name in ("input_ids", "attention_mask")}
         data = dict(self.tokenizer.pad(unpadded, return_tensors=tensors, **padding))
         if "offset_mapping" in rows:
-            left = padding.get("padding_side", "left") == "left"
+            left = (padding.get("padding_side") or self.tokenizer.padding_side) == "left"
             data["offset_mapping"] = []
             for ids, spans, origin in zip(data["input_ids"], rows["offset_mapping"], origins, strict=True):
                 told = [(origin[a], origin[max(a, b - 1)] + (b > a)) for a, b in spans]

@@ -574,8 +574,12 @@ def test_padding(processor):
     assert len(processor(text=texts)["input_ids"][0]) < len(processor(text=texts)["input_ids"][1])
     arrays = processor(text=["<image-1>", "b"], images=[WIDE], return_tensors="np")
     assert all(isinstance(value, np.ndarray) for value in arrays.values())
-    right = processor(text=texts, return_tensors="pt", padding_side="right")
+    right = processor(text=texts, return_tensors="pt", padding_side="right", return_offsets_mapping=True)
     assert right["attention_mask"][0, 0] == 1
+    told = LocateAnythingProcessor(processor.image_processor, copy.deepcopy(processor.tokenizer))
+    told.tokenizer.padding_side = "right"
+    again = told(text=texts, return_tensors="pt", return_offsets_mapping=True)
+    assert all(torch.equal(right[key], again[key]) for key in right)
     nested = processor(text=texts, text_kwargs={"padding": "max_length", "max_length": 40, "return_tensors": "pt"})
     assert nested["input_ids"].shape == (2, 40)
     multiple = processor(text=texts, padding=True, pad_to_multiple_of=16, return_tensors="pt", truncation=False)
@@ -610,6 +614,7 @@ def test_padding(processor):
         ({"text": "<video-1>"}, "videos: got 0; .* take"),
         ({"text": "a", "videos": [[WIDE]]}, "videos: got 1; .* take"),
         ({"text": "<video-1>", "videos": "clip.mp4"}, r"videos\[0\]: .*no video decoder"),
+        ({"text": "<video-1>", "videos": {"frames": [WIDE]}}, r"videos\[0\]: .*frames"),
         ({"text": "<video-1>", "videos": [[WIDE]], "fps": [1, 2]}, "fps: .*a list of 1"),
         ({"text": "<video-1>", "videos": [[WIDE]], "timestamps": [[1, 2]]}, "timestamps: got 2 .* 1 frames"),
         ({"text": "<video-1>", "videos": [[WIDE]], "timestamps": 3}, "timestamps: .*a list of 1"),
@@ -773,6 +778,8 @@ def test_nothing_is_said_on_load(folder, options):
     assert run.returncode == 0 and run.stdout == "" and said == [], run.stderr
 
 
-def test_a_tokenizer_of_another_model_is_refused(processor):
-    with pytest.raises(ValueError, match="tokenizer: has no token '<missing>'"):
-        LocateAnythingProcessor(processor.image_processor, processor.tokenizer, image_token="<missing>")
+def test_a_tokenizer_of_another_model_is_refused(processor, monkeypatch):
+    other = copy.deepcopy(processor.tokenizer)
+    monkeypatch.setattr(other, "get_added_vocab", lambda: {"<|im_start|>": 1, "<|im_end|>": 2})
+    with pytest.raises(ValueError, match="tokenizer: has no token '<IMG_CONTEXT>'"):
+        LocateAnythingProcessor(processor.image_processor, other)
