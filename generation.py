@@ -387,12 +387,12 @@ class GenerationLoop:
         by_label = any(row.settings.verify_labels for row in rows)
         if rows[0].phase == Phase.VERIFIED:
             lines = logits[:, :-WINDOW], logits[:, -WINDOW:]
-            probabilities, chosen, faults, *window = self.sampler.choose_verified(*lines, rows, slots)
+            probabilities, chosen, faults, window, candidates = self.sampler.choose_verified(*lines, rows, slots)
             committed, drafted = self.state[slots, State.COMMITTED], self.state[slots, State.DRAFTED]
             place = committed[:, None] + torch.arange(chosen.shape[1] - 1, device=self.device)
             # a fault behind tokens of a draft comes to light once they are committed
             sound = (faults == 0).long().cumprod(-1).sum(-1)
-            tokens = window_tokens(*window, torch.zeros_like(hybrid), self.roles)
+            tokens = window_tokens(window, candidates, torch.zeros_like(hybrid), self.roles)
             accepted = verify(chosen, self.tokens[slots].gather(1, place), drafted, tokens, sound, self.roles)
             accepted, faults = leave_label(accepted, labels, self.roles) if by_label else accepted, faults[:, 0]
         else:

@@ -111,7 +111,7 @@ class PromptChunk:
     slot: int
     start: int
     stop: int
-    donor: int | None = None
+    donor: int = -1
 
 
 class PrefillStep:
@@ -269,10 +269,12 @@ class WindowAttention(Qwen2Attention):
             raise ValueError(f"attn_implementation={implementation!r}: generate() has sdpa, eager and flash kernels.")
         if "flash" in implementation and isinstance(step, PrefillStep) and not any(c.start for c in step.chunks):
             # whole prompts in one varlen call of the flash kernel that transformers found
-            lengths = {"cu_seq_lens_q": step.bounds, "cu_seq_lens_k": step.bounds}
-            lengths |= {"max_length_q": max(step.lengths), "max_length_k": max(step.lengths), "is_causal": True}
+            bounds = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), step.bounds)
+            longest = dict.fromkeys(("max_length_q", "max_length_k"), max(step.lengths))
             flash = ALL_ATTENTION_FUNCTIONS[implementation]
-            attended, _ = flash(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **lengths)
+            attended, _ = flash(
+                self, query, key, value, None, scaling=self.scaling, is_causal=True, **bounds, **longest
+            )
         else:
             attended = step.attend(query, keys, values, self.scaling, implementation)
         return self.o_proj(attended.flatten(2)), None

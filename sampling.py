@@ -142,8 +142,8 @@ class Sampler:
     def rewinder(self, rows: list[Any]) -> Callable[[], None]:
         """Takes back what these rows will have drawn from now on, so that they draw it again."""
         drawing = [(row, list(row.noise)) for row in rows if row.settings.sampling.samples]
-        generators = {row.generator or self.generator for row, _ in drawing} - {None}
-        states = [(one, one.get_state()) for one in generators]
+        generators = {row.generator or self.generator for row, _ in drawing}
+        states = [(one, one.get_state()) for one in generators if one is not None]
 
         def rewind() -> None:
             for generator, state in states:
