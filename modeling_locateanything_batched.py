@@ -129,7 +129,8 @@ class LocateAnythingPreTrainedModel(PreTrainedModel):
         if isinstance(told, dict) and not AutoHfQuantizer.supports_quant_method(told):
             raise ValueError(f"quantization_config is {told}, a method that transformers lacks.")
         twice = _doubled(Path(str(args[0] if args else ""), kwargs.get("subfolder") or ""))
-        faults = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "in two files": twice}
+        more = [] if getattr(model, "hf_quantizer", None) else info["unexpected_keys"]  # scales and the like are right
+        faults = {"missing": info["missing_keys"], "unexpected": more, "in two files": twice}
         named = [f"{fault}: {', '.join(sorted(names)[:3])} ({len(names)})" for fault, names in faults.items() if names]
         if named:
             raise ValueError(f"the weights are not those of the config; tensors {'; '.join(named)}.")
