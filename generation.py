@@ -180,6 +180,7 @@ class GenerationLoop:
         self.active: list[Row] = []  # by slot
         self.cutting = [one for one in criteria if hasattr(one, "answer_to_keep")]
         self.criteria = StoppingCriteriaList([one for one in criteria if not hasattr(one, "answer_to_keep")])
+        self.asks = bool(stops or criteria)  # whether anybody ends rows but the rules
         self.device, self.graphs, self.packed = device, graphs, packs(device) and not graphs
         self.slots, self.capacity = min(slots, len(rows)), max(row.room for row in rows) + 1
         self.prefill_tokens = PREFILL_TOKENS
@@ -422,7 +423,7 @@ class GenerationLoop:
             return
         for token in tokens[:length]:
             row.tokens.append(token)
-            keep = self.asked(row)
+            keep = self.asked(row) if self.asks else None
             if row.finish_reason:
                 break
         count = row.committed - before
