@@ -367,6 +367,10 @@ def test_any_window_accepts_one_to_six_of_its_tokens(tokens):
         assert not (result.finished[0] and result.phase[0] == Phase.AR)
 
 
+def test_phases_are_the_numbers_of_accepted_by():
+    assert {phase.name: phase.value for phase in Phase} == {"MTP": 0, "AR": 1, "VERIFIED": 2}
+
+
 # ---- drafts, where random rows (tests/test_verified.py) seldom come
 
 
