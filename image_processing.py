@@ -10,14 +10,12 @@ import os
 import re
 import string
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import ceil, inf
-from numbers import Integral
 from typing import Any, TypedDict
 from urllib.error import HTTPError
-from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -30,6 +28,7 @@ MAX_PATCHES_PER_SIDE = 512  # the vision tower has positions for fewer
 TOKEN_SIDE = 28  # pixels a side of what becomes an image token
 URL_TIMEOUT = 30.0  # seconds without a byte
 MAX_DOWNLOAD = 256 * 2**20  # bytes
+BYTES, ARRAYS = (bytes, bytearray, memoryview), (np.ndarray, torch.Tensor)
 # The keys of an image item. The first of these counts: what `datasets` hands out has bytes and a path to nowhere.
 SOURCE_KEYS = ("image", "image_url", "bytes", "base64", "path", "url")
 SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -64,11 +63,14 @@ def load_image(source: Any, *, upright: bool = False) -> Image.Image:
     if isinstance(source, Mapping):
         value, sizes = _read_item(source)
         return _resized(load_image(value, upright=upright), sizes)
+    several = False
     with _opened(source) as image:
-        loaded = _to_rgb(image, upright, is_ours=image is not source)
-        is_first = _is_first_of_several(image)
-    if is_first:
-        warnings.warn(f"image {_name_of(source)}: has several frames or pages; the first is taken.", stacklevel=2)
+        loaded = _to_rgb(image, upright)
+        with suppress(Exception):  # not from a file, or from one that is closed
+            # a camera's MPO has previews and a PSD has layers, which are no frames
+            several = image.is_animated and image.tell() == 0 and image.format not in ("MPO", "PSD")  # type: ignore
+    if several:
+        warnings.warn(f"image {shorten(source)}: has several frames or pages; the first is taken.", stacklevel=2)
     return loaded
 
 
@@ -90,7 +92,7 @@ def load_video(source: Any, *, upright: bool = False) -> list[Image.Image]:
     if isinstance(source, Mapping):
         value, sizes = _read_item(source)
         return [_resized(frame, sizes) for frame in load_video(value, upright=upright)]
-    if is_array(source):
+    if isinstance(source, ARRAYS):
         return [load_image(frame) for frame in _to_uint8(source, "video", dimensions=(4,), highest=255)]
     if is_list(source):
         if not source:
@@ -104,16 +106,13 @@ def load_video(source: Any, *, upright: bool = False) -> list[Image.Image]:
 
 
 def shorten(source: Any, width: int = 100) -> str:
-    """A source as an error message shows it: quoted, cut where it is long, a URL without credentials and query."""
+    """A source as a message names it: a path or URL quoted, cut where it is long, without credentials and query."""
+    if isinstance(source, BYTES):
+        return f"{len(source)} bytes"
+    if not isinstance(source, (str, os.PathLike)):
+        return f"({type(source).__name__})"
     text = re.sub(r"(?is)^\s*([a-z][a-z0-9+.-]*://)(?:[^/]*@)?([^?#]*).*", r"\1\2", str(source))
     return repr(text if len(text) <= width else f"{text[: width - 1]}…")
-
-
-def _name_of(source: Any) -> str:
-    if isinstance(source, (str, os.PathLike)):
-        return shorten(source)
-    is_bytes = isinstance(source, (bytes, bytearray, memoryview))
-    return f"{len(source)} bytes" if is_bytes else f"({type(source).__name__})"
 
 
 @contextmanager
@@ -122,21 +121,21 @@ def _opened(source: Any) -> Iterator[Image.Image]:
     try:
         if isinstance(source, Image.Image):
             yield source
-        elif is_array(source):
+        elif isinstance(source, ARRAYS):
             pixels = _to_uint8(source, "array", dimensions=(2, 3))
             yield Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
         else:
             with Image.open(_file_of(source)) as image:
                 yield image
     except Image.UnidentifiedImageError:
-        raise ValueError(f"image {_name_of(source)}: not an image file that PIL can read.") from None
+        raise ValueError(f"image {shorten(source)}: not an image file that PIL can read.") from None
     except Exception as error:  # PIL's plugins raise whatever a broken file leads to, some of it in decoding
-        raise ValueError(f"image {_name_of(source)}: cannot be read ({error}).") from error
+        raise ValueError(f"image {shorten(source)}: cannot be read ({error}).") from error
 
 
 def _file_of(source: Any) -> Any:
     """A path or binary file for `Image.open`."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
+    if isinstance(source, BYTES):
         return io.BytesIO(source)
     if hasattr(source, "read"):
         return source
@@ -148,12 +147,7 @@ def _file_of(source: Any) -> Any:
     if scheme in ("http", "https"):
         return io.BytesIO(_download(text.strip()))
     if scheme == "data":
-        head, comma, data = rest.partition(",")
-        if not comma:
-            raise ValueError("a data URI has a comma before its data")
-        if not head.lower().endswith(";base64"):
-            return io.BytesIO(unquote_to_bytes(data))
-        return io.BytesIO(base64.b64decode("".join(unquote(data).split()), validate=True))
+        return io.BytesIO(urlopen(text).read())
     if scheme == "file":  # written plainly behind the scheme, or percent-encoded
         text = rest.removeprefix("//")
         text = text if os.path.exists(text) else unquote(text)
@@ -224,13 +218,6 @@ def _read_item(item: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return value, {key: given[key] for key in SIZE_KEYS if key in given}
 
 
-def _is_first_of_several(image: Image.Image) -> bool:
-    try:  # a camera's MPO has previews and a PSD has layers, which are no frames
-        return image.is_animated and image.tell() == 0 and image.format not in ("MPO", "PSD")  # type: ignore
-    except Exception:  # not from a file, or from one that is closed
-        return False
-
-
 def _load_each(sources: Iterable[Any], name: str, upright: bool) -> list[Image.Image]:
     images = []
     for index, source in enumerate(sources):
@@ -241,8 +228,8 @@ def _load_each(sources: Iterable[Any], name: str, upright: bool) -> list[Image.I
     return images
 
 
-def _to_rgb(image: Image.Image, upright: bool, is_ours: bool = False) -> Image.Image:
-    """An RGB image of its own. `is_ours`: nobody else has the image, so that one in RGB need not be copied."""
+def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
+    """A new image in RGB."""
     if 0 in image.size:
         raise ValueError(f"{image.width}×{image.height} pixels; a side of zero has no content")
     if image.format == "EPS":  # PIL would start Ghostscript on it
@@ -257,10 +244,6 @@ def _to_rgb(image: Image.Image, upright: bool, is_ours: bool = False) -> Image.I
             image = ImageOps.exif_transpose(image)
     if is_16_bit:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if is_ours and image.mode == "RGB" and not getattr(image, "is_animated", False):
-        image.load()
-        if not image.readonly:  # else it lies in a file that PIL has mapped, or in an array
-            return image
     if image.mode != "RGBA":
         return image.convert("RGB")
     canvas = Image.new("RGB", image.size, "white")
@@ -271,7 +254,7 @@ def _to_rgb(image: Image.Image, upright: bool, is_ours: bool = False) -> Image.I
 def _resized(image: Image.Image, sizes: Mapping[str, Any]) -> Image.Image:
     """The image as large as an item's `SIZE_KEYS` say; it stays as it is within the budget."""
     for name, value in sizes.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: got {value!r}; expected a whole number of pixels.")
     wanted = [sizes.get(name, 0) for name in ("resized_height", "resized_width")]
     if any(wanted) and not all(wanted):
@@ -279,21 +262,17 @@ def _resized(image: Image.Image, sizes: Mapping[str, Any]) -> Image.Image:
     height, width = image.height / TOKEN_SIDE, image.width / TOKEN_SIDE
     least, most = sizes.get("min_pixels", 0) / TOKEN_SIDE**2, sizes.get("max_pixels", inf) / TOKEN_SIDE**2
     tokens = ceil(height) * ceil(width)  # that preprocessing would make
+    scale = ((most if tokens > most else least) / (height * width)) ** 0.5
     if any(wanted):
         rows, columns = (max(1, round(side / TOKEN_SIDE)) for side in wanted)
     elif tokens > most:
-        scale = (most / (height * width)) ** 0.5
         rows = max(1, min(int(height * scale), int(most)))
         columns = max(1, min(int(width * scale), int(most / rows)))
     elif tokens < least:
-        scale = (least / (height * width)) ** 0.5
         rows, columns = ceil(height * scale), ceil(width * scale)
     else:
         return image
     return image.resize((columns * TOKEN_SIDE, rows * TOKEN_SIDE), Image.Resampling.BICUBIC)
-
-
-# ---------------------------------------------------------------------------------------------- RGB → patches
 
 
 class LocateAnythingImageProcessor(BaseImageProcessor):
@@ -352,51 +331,54 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: no images, one that cannot be read, has a zero side, or is 512 patches or more a side.
         """
-        is_several = is_list(images) or (is_array(images) and images.ndim == 4)
+        is_several = is_list(images) or (isinstance(images, ARRAYS) and images.ndim == 4)
         loaded = _load_each(images if is_several else [images], "images[{}]", self.upright)
         if not loaded:
             raise ValueError("images: got an empty list; expected at least one image.")
-        for index, image in enumerate(loaded):
-            self.grid_of(image.height, image.width, f"images[{index}]")
         return BatchFeature(self.encode(loaded), tensor_type=return_tensors)
 
     def encode(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """What `preprocess` returns, of RGB images. Equal ones, as in rows about one picture, are computed once."""
-        grids = [self.grid_of(image.height, image.width) for image in images]
+        grids = [self.grid_of(image.height, image.width, f"images[{i}]") for i, image in enumerate(images)]
         ends = np.cumsum([rows * columns for rows, columns in grids])
         # Written in place, and by numpy, whose large arrays lie on huge pages: new memory costs more than arithmetic
-        pixel_values = np.empty((ends[-1], 3, self.patch_size, self.patch_size), np.float32)
-        of_size = Counter(image.size for image in images)
+        side = self.patch_size
+        pixel_values = np.empty((ends[-1], 3, side, side), np.float32)
+        sizes = [image.size for image in images]
         done: dict[Any, np.ndarray] = {}
-        for image, grid, patches in zip(images, grids, np.split(pixel_values, ends[:-1]), strict=True):
-            key = (image.size, image.tobytes() if of_size[image.size] > 1 else b"")
+        mean, std = (np.array(each, np.float32).reshape(3, 1, 1) for each in (self.image_mean, self.image_std))
+        for image, (rows, columns), patches in zip(images, grids, np.split(pixel_values, ends[:-1]), strict=True):
+            key = (image.size, image.tobytes() if sizes.count(image.size) > 1 else b"")
             if key in done:
                 patches[:] = done[key]
-            else:
-                done[key] = self._write_patches(image, grid, patches)
+                continue
+            # Two resizes where the image is over the limit, as published: the pixels depend on it
+            for height, width in (self._shrink(image.height, image.width), (rows * side, columns * side)):
+                if image.size != (width, height):
+                    image = image.resize((width, height), Image.Resampling.BICUBIC)
+            pixels = np.asarray(image).reshape(rows, side, columns, side, 3)
+            patches.reshape(rows, columns, 3, side, side)[...] = pixels.transpose(0, 2, 4, 1, 3)
+            patches /= np.float32(255)
+            patches -= mean
+            patches /= std
+            done[key] = patches
         return {"pixel_values": torch.from_numpy(pixel_values), "image_grid_hws": torch.tensor(grids)}
 
     def grid_of(self, height: int, width: int, name: str = "image") -> tuple[int, int]:
         """Rows and columns of patches that an image of `height`×`width` pixels has after preprocessing.
 
         Raises:
-            ValueError: a zero side, or 512 patches or more a side. The message begins with `name`.
+            ValueError: 512 patches or more a side. The message begins with `name`.
         """
-        if height < 1 or width < 1:
-            raise ValueError(f"{name}: is {width}×{height} pixels; a side of zero has no content.")
         sides = zip(self._shrink(height, width), self.merge_kernel_size, strict=True)
         rows, columns = (-(-side // (merge * self.patch_size)) * merge for side, merge in sides)
         if max(rows, columns) >= MAX_PATCHES_PER_SIDE:
-            raise ValueError(
-                f"{name}: {width}×{height} pixels make {columns}×{rows} patches of {self.patch_size} pixels; a side "
-                f"must have fewer than {MAX_PATCHES_PER_SIDE}."
-            )
+            made = f"{width}×{height} pixels make {columns}×{rows} patches"
+            raise ValueError(f"{name}: {made}; expected fewer than {MAX_PATCHES_PER_SIDE} a side.")
         return rows, columns
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Patches of an image of `height`×`width` pixels (transformers' helper; there are no `images_kwargs`)."""
-        if images_kwargs:
-            raise ValueError(f"images_kwargs: got {images_kwargs}; there are none that change the number of patches.")
+        """Patches of an image of `height`×`width` pixels, by transformers' name. No `images_kwargs` change it."""
         rows, columns = self.grid_of(height, width)
         return rows * columns
 
@@ -404,20 +386,6 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         """Image tokens, one for each merge of patches, of an image of `height`×`width` pixels."""
         rows, columns = self.grid_of(height, width)
         return rows * columns // (self.merge_kernel_size[0] * self.merge_kernel_size[1])
-
-    def _write_patches(self, image: Image.Image, grid: tuple[int, int], patches: np.ndarray) -> np.ndarray:
-        (rows, columns), side = grid, self.patch_size
-        height, width = self._shrink(image.height, image.width)
-        # Two resizes where the image is over the limit, as published: the pixels depend on it
-        for size in ((width, height), (columns * side, rows * side)):
-            if image.size != size:
-                image = image.resize(size, Image.Resampling.BICUBIC)
-        pixels = np.asarray(image).reshape(rows, side, columns, side, 3)
-        patches.reshape(rows, columns, 3, side, side)[...] = pixels.transpose(0, 2, 4, 1, 3)
-        patches /= np.float32(255)
-        patches -= np.array(self.image_mean, np.float32).reshape(3, 1, 1)
-        patches /= np.array(self.image_std, np.float32).reshape(3, 1, 1)
-        return patches
 
     def _shrink(self, height: int, width: int) -> tuple[int, int]:
         patches = (width // self.patch_size) * (height // self.patch_size)
@@ -429,7 +397,3 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
 
 def is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
-
-
-def is_array(value: Any) -> bool:
-    return isinstance(value, (np.ndarray, torch.Tensor))

@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     locator = Locator(args.model or str(DEMO_MODEL), args.device, args.dtype)
     errors: list[dict[str, str]] = []
     pictures: list[Picture] = []
-    rows = _rows(_read(sources, names, locator, errors), queries, args.task, pictures)
+    rows = _rows(_read(sources, names, locator, errors), queries, locator, args.task, pictures)
     try:
         _answer(rows, locator, args, len(sources) * len(queries))
     except (ModelError, OSError, ValueError) as error:
@@ -473,14 +473,15 @@ def _read(
         yield Picture(name, file_name, image, image.size)
 
 
-def _rows(pictures: Iterable[Picture], queries: Sequence[str], task: str, seen: list[Picture]) -> Iterator[Row]:
-    from grounding import build_question  # here and not above, as it brings torch
-
+def _rows(
+    pictures: Iterable[Picture], queries: Sequence[str], locator: Locator, task: str, seen: list[Picture]
+) -> Iterator[Row]:
     for picture in pictures:
         seen.append(picture)
         for number, query in enumerate(queries, start=1):
             # Without a query the text task asks for all text
-            yield Row(picture, query, build_question(task, [query] if query else []), number == len(queries))
+            question = locator.processor.build_question(task, [query] if query else [])
+            yield Row(picture, query, question, number == len(queries))
 
 
 def _file_names(sources: Sequence[str]) -> list[str]:

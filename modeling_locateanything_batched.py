@@ -30,11 +30,11 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 # 4.57 copies from a local folder only what the entry file itself imports: name every remote-code file here.
+from .answers import DegenerateAnswerCriteria
 from .configuration import LocateAnythingConfig, MoonViTConfig, TokenRoles
 from .cuda_graphs import DecodeGraphs  # noqa: F401
 from .decoding import Phase  # noqa: F401
 from .generation import GenerationLoop
-from .grounding import DegenerateAnswerCriteria
 from .inputs import PromptFeatures, check_number, read_call, read_prompts, rows_that_fit, side_by_side, texts_of
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, WindowAttention
 from .sampling import Sampler  # noqa: F401

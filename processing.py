@@ -16,8 +16,9 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .configuration import TokenRoles  # noqa: F401, grounding names it, and transformers 4.57 copies only what is here
-from .grounding import TURN_END, TURN_START, GroundingMixin
+from .answers import TURN_END, TURN_START
+from .configuration import TokenRoles  # noqa: F401, answers names it, and transformers 4.57 copies only what is here
+from .grounding import GroundingMixin
 from .image_processing import LocateAnythingImageProcessor, is_list, load_image, load_video
 
 # The model card's prompt, of a conversation as `LocateAnythingProcessor._typed` leaves it.

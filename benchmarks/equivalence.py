@@ -36,8 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import count  # noqa: E402
-from grounding import build_question  # noqa: E402 (modules of the clone)
-from image_processing import load_image  # noqa: E402
+from image_processing import load_image  # noqa: E402 (a module of the clone)
 from upload_to_hub import assemble  # noqa: E402
 
 MODES = ("hybrid", "fast", "slow")
@@ -109,8 +108,8 @@ def compare(
 ) -> dict[str, dict[float, Part]]:
     results = {name: {penalty: Part() for penalty in PENALTIES} for name in "ABCDEF"}
     draw = random.Random(0)
-    questions = [build_question("detect", query) for query in QUERIES]
-    longer = [build_question("detect", QUERIES[:count]) for count in (2, 4)]
+    questions = [subject.processor.build_question("detect", query) for query in QUERIES]
+    longer = [subject.processor.build_question("detect", QUERIES[:count]) for count in (2, 4)]
     for penalty in PENALTIES:
         for mode in MODES:
             same = {"generation_mode": mode, "max_new_tokens": new_tokens, "repetition_penalty": penalty}

@@ -58,8 +58,6 @@ class Marks(StoppingCriteria):
 
 def asks(model: Any, processor: Any, distinct: int, seed: int) -> list[Ask]:
     """`distinct` rows, about four to a scene; the first prefix is every row's."""
-    from grounding import build_question
-
     rng, made = random.Random(seed), []
     for scene in scenes(-(-distinct // 4), seed):
         pictures = processor.image_processor.preprocess([scene.image], return_tensors="pt")
@@ -68,7 +66,7 @@ def asks(model: Any, processor: Any, distinct: int, seed: int) -> list[Ask]:
         for _ in range(4):
             label = rng.choice(scene.queries)
             content = [{"type": "image", "image": scene.image}]
-            content.append({"type": "text", "text": build_question("detect", [label])})
+            content.append({"type": "text", "text": processor.build_question("detect", [label])})
             inputs = processor.apply_chat_template(
                 [{"role": "user", "content": content}],
                 add_generation_prompt=True,

@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import DEMO, count, environment, print_json  # noqa: E402
 from benchmarks.scenes import Scene, overlap, scenes  # noqa: E402
-from grounding import build_question  # noqa: E402
 from hub.assembly import assemble  # noqa: E402
 
 MODES: dict[str, dict[str, Any]] = {
@@ -50,7 +49,7 @@ def main() -> None:
     talks = [
         [{"role": "user", "content": [{"type": "image", "image": s.image}, {"type": "text", "text": question}]}]
         for s in drawn
-        for question in [build_question("detect", s.queries)]
+        for question in [processor.build_question("detect", s.queries)]
     ]
     inputs = processor.apply_chat_template(
         talks, add_generation_prompt=True, tokenize=True, padding=True, return_dict=True, return_tensors="pt"

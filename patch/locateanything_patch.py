@@ -148,9 +148,9 @@ def status() -> Status:
 
 
 def degenerate_answer_criteria(model: nn.Module, **options: Any) -> StoppingCriteria:
-    """A stopping criterion for answers that go round in circles; options of `grounding.DegenerateAnswerCriteria`."""
+    """A stopping criterion for answers that go round in circles; options of `answers.DegenerateAnswerCriteria`."""
     config = _ours("configuration.LocateAnythingConfig").from_dict(unwrapped(model).config.to_dict())
-    return _ours("grounding.DegenerateAnswerCriteria")(config.token_roles, **options)
+    return _ours("answers.DegenerateAnswerCriteria")(config.token_roles, **options)
 
 
 def post_process_grounding(processor: Any, outputs: Any, **options: Any) -> list[dict[str, Any]]:

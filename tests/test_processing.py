@@ -18,7 +18,6 @@ import torch
 import transformers
 from PIL import Image
 
-from locateanything.grounding import build_question
 from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
 from tests.conftest import CHECKPOINTS, GOLDENS, cases_of, tokenizer_of
 from upload_to_hub import remote_code_files
@@ -699,7 +698,7 @@ def test_auto_classes(folder, processor):
     assert loaded.tokenizer.padding_side == "left"
     assert loaded.image_token_id == loaded.video_token_id == 420
     assert {*loaded.model_input_names} == {"input_ids", "attention_mask", "pixel_values", "image_grid_hws"}
-    conversation = user(image(), text(build_question("detect", ["red circle", "blue square"])))
+    conversation = user(image(), text(processor.build_question("detect", ["red circle", "blue square"])))
     call = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     ours, theirs = (p.apply_chat_template(conversation, **call) for p in (processor, loaded))
     assert ours.keys() == theirs.keys()

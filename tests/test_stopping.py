@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locateanything.grounding import DegenerateAnswerCriteria
+from locateanything.answers import DegenerateAnswerCriteria
 from tests.conftest import Batch, cases_of, model_of, tokenizer_of
 
 ROLES = model_of("shapes").config.token_roles
