@@ -15,9 +15,8 @@ from transformers import TextStreamer
 from transformers.utils import ModelOutput
 
 from locateanything.answers import ANSWER_TOKENS
-from locateanything.grounding import TASKS
 from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
-from tests.conftest import CHECKPOINTS, Batch, cases_of, tokenizer_of
+from tests.conftest import CHECKPOINTS, Batch, cases_of, model_of, tokenizer_of
 
 
 @functools.cache
@@ -53,16 +52,14 @@ def scored(ids: list[int], log_probs: list[float], prompt: int = 0) -> ModelOutp
 # ---- questions
 
 
+ALL = "Locate all the instances that matches the following description: "
+
+
 @pytest.mark.parametrize(
     ("task", "queries", "question"),
     [
-        ("detect", "cat", "Locate all the instances that matches the following description: cat."),
-        ("detect", ["a", "b"], "Locate all the instances that matches the following description: a</c>b."),
-        (
-            "detect",
-            ["red car.", " b. "],
-            "Locate all the instances that matches the following description: red car</c>b.",
-        ),
+        ("detect", "cat", f"{ALL}cat."),
+        ("detect", ["red car.", " b. "], f"{ALL}red car</c>b."),
         ("ground", "red {cup}", "Locate all the instances that match the following description: red {cup}."),
         ("single", ["cat"], "Locate a single instance that matches the following description: cat."),
         ("point", "the door", "Point to: the door."),
@@ -72,26 +69,16 @@ def scored(ids: list[int], log_probs: list[float], prompt: int = 0) -> ModelOutp
     ],
 )
 def test_questions(task, queries, question):
-    assert PROCESSOR.build_question(task, queries) == question
-    assert set(PROCESSOR.tasks) == set(TASKS)
+    assert PROCESSOR.build_question(task, queries) == question and task in PROCESSOR.tasks
 
 
 @pytest.mark.parametrize(
-    ("task", "queries", "argument"),
-    [
-        ("caption", "x", "task"),
-        ("detect", [], "queries"),
-        ("detect", [" "], "queries"),
-        ("detect", ["."], "queries"),
-        ("detect", ["red car.", "a</c>b"], "queries"),
-        ("point", ["a", "b"], "queries"),
-        ("text", ["a", "b"], "queries"),
-        ("gui", [3], "queries"),
-        ("gui", None, "queries"),
-    ],
-)
-def test_refused_questions(task, queries, argument):
-    with pytest.raises(ValueError, match=f"{argument}: got"):
+    ("task", "queries"),
+    [("detect", []), ("detect", [" "]), ("detect", ["."]), ("detect", ["red car.", "a</c>b"]), ("point", ["a", "b"]),
+     ("text", ["a", "b"]), ("gui", [3]), ("gui", None), ("caption", "x")],
+)  # fmt: skip
+def test_refused_questions(task, queries):
+    with pytest.raises(ValueError, match=f"{'queries' if task in PROCESSOR.tasks else 'task'}: got"):
         PROCESSOR.build_question(task, queries)
 
 
@@ -102,19 +89,15 @@ def test_refused_questions(task, queries, argument):
     ("answer", "found"),
     [
         ("", []),
-        ("none", []),
         ("<ref>cat</ref><box>none</box>", []),
-        ("<ref>cat</ref><box><1><2><3><4></box>", [("cat", (1, 2, 3, 4))]),
         ("<ref>c</ref><box><1><2><3><4></box><box><5><6><7><8></box>", [("c", (1, 2, 3, 4)), ("c", (5, 6, 7, 8))]),
         ("<ref>a</ref><box><1><2></box><ref>b</ref><box><3><4></box>", [("a", (1, 2)), ("b", (3, 4))]),
         ("<box><1><2><3><4></box>", [("", (1, 2, 3, 4))]),
         ("<ref></ref><box><1><2></box>", [("", (1, 2))]),
         ("<ref>b\n é</ref> \n<box><9><8><3><4></box> tail", [("b\n é", (3, 4, 9, 8))]),
-        ("<ref>gr\u00fcner 圆</ref><box><1><2></box>", [("gr\u00fcner 圆", (1, 2))]),
         ("<ref>open<box><1><2></box>", [("open", (1, 2))]),
         ("<ref>a<ref>b</ref><box><1><2></box>", [("b", (1, 2))]),
         ("</ref><box><1><2></box></ref>", [("", (1, 2))]),
-        ("<box><1><2><3></box>", []),
         ("<box><1></box><box></box><box><1><2><3><4><5></box>", []),
         ("<box><1><2><3><4>", []),
         ("<1><2><3><4></box>", []),
@@ -233,35 +216,28 @@ def check_found(row: dict, scale: tuple[float, float] = (200, 100)) -> None:
 
 
 def test_outputs_of_every_form():
-    answer, prompt = ids_of(ANSWER), asked()
-    for outputs in (
-        ANSWER,
-        [ANSWER],
-        answer,
-        [answer],
-        [list(map(np.int64, answer))],
-        np.array([answer]),
-        torch.tensor(answer),
-        [torch.tensor(answer)],
-        torch.tensor([[PAD, PAD, *prompt, *answer, PAD]]),
-        ModelOutput(sequences=torch.tensor([prompt + answer])),
-    ):
-        for sizes in (
-            [(100, 200)],
-            torch.tensor([[100, 200]]),
-            [torch.tensor([100, 200])],
-            [(np.int64(100), np.float32(200))],
-        ):
-            check_found(PROCESSOR.post_process_grounding(outputs, target_sizes=sizes)[0])
+    answer = ids_of(ANSWER)
+    whole = torch.tensor([[PAD, PAD, *asked(), *answer, PAD]])
+    forms = [ANSWER, [ANSWER], answer, [answer], [list(map(np.int64, answer))], np.array([answer])]
+    forms += [torch.tensor(answer), [torch.tensor(answer)], whole, ModelOutput(sequences=whole)]
+    sizes = [[(100, 200)], torch.tensor([[100, 200]]), [torch.tensor([100, 200])], [(np.int64(100), np.float32(200))]]
+    for outputs in forms:
         check_found(PROCESSOR.post_process_grounding(outputs)[0], (1, 1))
+        for size in sizes:
+            check_found(PROCESSOR.post_process_grounding(outputs, target_sizes=size)[0])
     empty, full = PROCESSOR.post_process_grounding(["none", ANSWER], [(1, 1), (100, 200)])
     check_found(full)
     assert empty["boxes"].shape == (0, 4) and empty["points"].shape == (0, 2) and empty["labels"] == []
     assert set(full) == {"boxes", "labels", "points", "point_labels"}
     assert PROCESSOR.post_process_grounding([]) == []
-    for outputs in (None, 7, torch.zeros(2, 3), torch.zeros(1, 2, 3, dtype=torch.long), [["a"]]):
-        with pytest.raises(ValueError, match="outputs: got"):
-            PROCESSOR.post_process_grounding(outputs)
+
+
+@pytest.mark.parametrize("ids", [None, 7, torch.zeros(2, 3), torch.zeros(1, 2, 3, dtype=torch.long), [["a"]]], ids=str)
+def test_what_are_no_ids(ids):
+    with pytest.raises(ValueError, match="outputs: got"):
+        PROCESSOR.post_process_grounding(ids)
+    with pytest.raises(ValueError, match="sequences: got"):
+        PROCESSOR.batch_decode(ids)
 
 
 def test_a_question_cannot_plant_a_box():
@@ -310,17 +286,12 @@ def test_boxes_of_two_images():
 
 
 @pytest.mark.parametrize(
-    ("images", "answer", "sizes"),
-    [
-        (2, ANSWER, (100, 200)),
-        (2, ANSWER, [(100, 200)]),
-        (2, ANSWER, [(100, 200), (200, 100)]),
-        (2, "<image 3>" + ANSWER, [(100, 200), (200, 100)]),
-        (3, "<image 1>" + ANSWER, [(100, 200), (200, 100)]),
-    ],
-)
-def test_what_is_ambiguous_is_refused(images, answer, sizes):
-    ids = asked(images=images) + ids_of(answer)
+    ("images", "said", "sizes"),
+    [(2, "", (100, 200)), (2, "", [(100, 200)]), (2, "", [(100, 200), (200, 100)]),
+     (2, "<image 3>", [(100, 200), (200, 100)]), (3, "<image 1>", [(100, 200), (200, 100)])],
+)  # fmt: skip
+def test_what_is_ambiguous_is_refused(images, said, sizes):
+    ids = asked(images=images) + ids_of(said + ANSWER)
     for row in (ids, PROCESSOR.tokenizer.decode(ids)):
         with pytest.raises(ValueError, match="target_sizes: got"):
             PROCESSOR.post_process_grounding([row], [sizes])
@@ -378,14 +349,8 @@ def test_a_score_is_a_geometric_mean():
     assert row["point_scores"].tolist() == [0.0] and row["point_label_scores"].tolist() == [1.0]
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.5, "high", math.nan])
-def test_a_threshold_is_a_share(threshold):
-    with pytest.raises(ValueError, match="threshold: got"):
-        PROCESSOR.post_process_grounding(scored([5, 6], [0.0, 0.0]), threshold=threshold)
-
-
 def test_scores_that_do_not_fit_are_refused():
-    for log_probs in (torch.zeros(1, 3), torch.zeros(3), torch.zeros(2, 2)):
+    for log_probs in (torch.zeros(1, 3), torch.zeros(2, 2)):
         with pytest.raises(ValueError, match="outputs: got token_log_probs"):
             PROCESSOR.post_process_grounding(ModelOutput(sequences=torch.tensor([[5, 6]]), token_log_probs=log_probs))
     for outputs in (["<box><1><2></box>"], ModelOutput(sequences=torch.tensor([[5, 6]]), scores=(torch.zeros(1, 9),))):
@@ -449,20 +414,15 @@ def test_one_question_a_class_in_one_batch():
     picture.paste((200, 30, 30), (28, 28, 56, 56))
     queries = ["red square", "blue circle.", "red square"]
     conversations = PROCESSOR.questions(picture, queries)
-    assert [c[0]["content"][1]["text"] for c in conversations] == [
-        PROCESSOR.build_question("detect", q) for q in queries
-    ]
+    assert [c[0]["content"][1]["text"] for c in conversations] == [f"{ALL}{q.removesuffix('.')}." for q in queries]
     inputs = PROCESSOR.apply_chat_template(
         conversations, tokenize=True, add_generation_prompt=True, return_dict=True, padding=True
     )
-    model = Batch("shapes", cases_of("shapes")[:1]).model
-    output = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=True, output_scores=True)
+    output = model_of("shapes").generate(**inputs, max_new_tokens=64, return_dict_in_generate=True, output_scores=True)
+    sizes = [(84, 112)] * 3
     for read, names in (
-        (PROCESSOR.post_process_grounding(output, [(84, 112)] * 3, queries=queries), ("labels", "class_ids")),
-        (
-            PROCESSOR.post_process_grounded_object_detection(output, None, [(84, 112)] * 3, queries),
-            ("text_labels", "labels"),
-        ),
+        (PROCESSOR.post_process_grounding(output, sizes, queries=queries), ("labels", "class_ids")),
+        (PROCESSOR.post_process_grounded_object_detection(output, None, sizes, queries), ("text_labels", "labels")),
     ):
         merged = PROCESSOR.merge_grounding(read)
         assert set(merged) == set(read[0])
@@ -481,19 +441,12 @@ def test_of_overlapping_boxes_of_a_label_the_higher_score_stays():
         return found if images is None else {**found, "images": torch.tensor(images)}
 
     one = row(("cat", (0, 0, 100, 100), 0.5), ("dog", (0, 0, 100, 100), 0.4), ("cat", (5, 5), 0.1))
-    other = row(
-        ("Cat.", (0, 10, 100, 100), 0.9),
-        ("cat", (500, 500, 600, 600), 0.2),
-        ("cat", (5, 5), 0.3),
-        ("cat", (6, 5), 0.2),
-    )
+    other = row(("Cat.", (0, 10, 100, 100), 0.9), ("cat", (500, 500, 600, 600), 0.2), ("cat", (5, 5), 0.3),
+                ("cat", (6, 5), 0.2))  # fmt: skip
     merged = PROCESSOR.merge_grounding([one, other])
-    assert merged["boxes"].mul(1000).round().tolist() == [[0, 0, 100, 100], [0, 10, 100, 100], [500, 500, 600, 600]]
+    assert places(merged) == [[0, 0, 100, 100], [0, 10, 100, 100], [500, 500, 600, 600], [5, 5], [6, 5]]
     assert merged["text_labels"] == ["dog", "Cat.", "cat"] and merged["labels"].tolist() == [1, 0, 0]
-    assert merged["scores"].tolist() == pytest.approx([0.4, 0.9, 0.2])
-    assert (
-        merged["points"].mul(1000).round().tolist() == [[5, 5], [6, 5]] and merged["point_labels"].dtype == torch.long
-    )
+    assert merged["scores"].tolist() == pytest.approx([0.4, 0.9, 0.2]) and merged["point_labels"].dtype == torch.long
     assert len(PROCESSOR.merge_grounding([one, other], iou_threshold=0.95)["boxes"]) == 4
     assert len(PROCESSOR.merge_grounding([row(), row()])["boxes"]) == 0
     apart = [row(("cat", (0, 0, 9, 9), 0.5), images=[place]) for place in (0, 1)]
@@ -518,17 +471,12 @@ def test_text_keeps_the_answer():
         assert PROCESSOR.decode(ids, skip_special_tokens=True) == whole
         assert PROCESSOR.post_process_image_text_to_text(ids) == [whole]
     assert PROCESSOR.decode([row, row], skip_special_tokens=True) == [whole, whole]
-    assert (
-        PROCESSOR.decode([]) == "" and PROCESSOR.decode(row[-2]) == "<|im_end|>" and PROCESSOR.batch_decode([]) == []
-    )
+    assert [PROCESSOR.decode(ids) for ids in ([], row[-2])] == ["", "<|im_end|>"] and PROCESSOR.batch_decode([]) == []
     assert PROCESSOR.batch_decode([row]) == [PROCESSOR.decode(row)] == [PROCESSOR.tokenizer.decode(row)]
     assert PROCESSOR.post_process_image_text_to_text([row], skip_special_tokens=False) == [PROCESSOR.decode(row)]
     assert PROCESSOR.decode([-100, *row], skip_special_tokens=True) == whole
     broken = [*ids_of("<ref>"), *ids_of("圆")[:-1], *ids_of("</ref>")]
     assert PROCESSOR.decode(broken, skip_special_tokens=True) == "<ref>\ufffd</ref>"
-    for ids in ("text", torch.zeros(1, 3), None):
-        with pytest.raises(ValueError, match="sequences: got"):
-            PROCESSOR.batch_decode(ids)
 
 
 def test_streamers_keep_the_answer(capsys):

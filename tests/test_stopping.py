@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locateanything.answers import DegenerateAnswerCriteria
-from tests.conftest import Batch, cases_of, model_of, tokenizer_of
+from locateanything.modeling_locateanything_batched import LocateAnythingForConditionalGeneration
+from tests.conftest import CHECKPOINTS, Batch, cases_of, model_of, tokenizer_of
 
 ROLES = model_of("shapes").config.token_roles
 
@@ -33,10 +35,15 @@ def row(count: int, width: int, pitch: int, axis: int = 0, start: int = 100) -> 
     return "".join(box(a, 40, b, 300) if axis == 0 else box(40, a, 300, b) for a, b in spans)
 
 
+def lay(*boxes: tuple[int, ...]) -> str:
+    return "".join(box(*place) for place in boxes)
+
+
 def spread(count: int) -> str:
-    return "".join(box(20 * i, 20 * i) for i in range(count))
+    return lay(*((20 * i, 20 * i) for i in range(count)))
 
 
+ALONG = range(100, 150, 5)
 FIRST = box(100, 40, 105, 300)
 
 
@@ -45,62 +52,55 @@ FIRST = box(100, 40, 105, 300)
     [
         ("", None),
         ("<ref>a</ref>", None),
-        (A, None),
         (A + B, None),
         (A + A, None),  # once may be a slip, and what follows would be lost
         (A + A + A, A),
-        (f"<ref>a</ref>{A}{A}{A}", f"<ref>a</ref>{A}"),
-        (f"<ref>a</ref>{A}<ref>a</ref>{A}<ref>a</ref>{A}", f"<ref>a</ref>{A}"),
         (f"<ref>a</ref>{A}<ref>a</ref>{A}{A}", f"<ref>a</ref>{A}"),
         (f"<ref>a</ref>{A}<ref>b</ref>{A}<ref>c</ref>{A}", None),  # one thing may have several names
-        (A + B + A + B + A, None),
         (A * 3 + "x", None),  # its last token is what must complete a repetition
+        (A * 2 + A[: -len("</box>")], None),
         (spread(8) * 3, spread(8)),
         (spread(9) * 3, None),  # a longer cycle than is looked for
-        (A + B + A + B + A + B, A + B),
-        ((A + B + D) * 3, A + B + D),
+        (A + B + A + B + A, None),
         (D + (A + B) * 3, D + A + B),
         (f"{A}{f'<ref>a</ref>{NONE}' * 3}", f"{A}<ref>a</ref>{NONE}"),
         (f"<ref>a</ref>{NONE}<ref>b</ref>{NONE}<ref>c</ref>{NONE}", None),
         (f"{A} and {A}, {A}", f"{A} and "),
         ("<box><1><2><3></box>" * 3, "<box><1><2><3></box>"),
-        (A * 2 + A[: -len("</box>")], None),
-        (row(10, 5, 5), FIRST),
+        ("".join(f"<box><1><2><3>{letter}</box>" for letter in "abcdefghij"), None),  # no coordinates
+        (f"<ref>a</ref>,{A * 3}", f"<ref>a</ref>,{A}"),
+        (f"<ref>a</ref>,{A}" * 3, f"<ref>a</ref>,{A}<ref>a</ref>,"),
+        (f"<ref>a</ref><ref>b</ref>{A}<ref>c</ref>{A * 2}", None),
+        # marches
+        (row(9, 5, 5), None),
         (row(10, 5, 4), FIRST),
         (row(10, 5, -5), FIRST),
         (row(10, 5, 5, axis=1), box(40, 100, 300, 105)),
-        ("".join(box(x + 5, 300, x, 40) for x in range(100, 150, 5)), box(105, 300, 100, 40)),  # corners the other way
-        ("".join(box(x, 40 + x % 2, x + 5, 300) for x in range(100, 150, 5)), FIRST),
-        (row(9, 5, 5), None),
         (D + row(10, 5, 5), D + FIRST),  # whatever came before
+        (row(10, 5, 5, start=0), box(0, 40, 5, 300)),
+        (row(10, 5, 5, start=950), box(950, 40, 955, 300)),  # up to 1000
         (row(10, 1, 1), box(100, 40, 101, 300)),
-        (row(10, 3, 1), box(100, 40, 103, 300)),
         (row(10, 3, -1), box(100, 40, 103, 300)),
         (row(3, 5, 1), FIRST),  # nearly the same
         (row(10, 0, 1), box(100, 40, 100, 300)),
         (row(10, 0, 2), None),
-        (row(10, 6, 6), None),  # too thick
-        (row(10, 5, 5, start=0), box(0, 40, 5, 300)),
-        (row(10, 5, 5, start=950), box(950, 40, 955, 300)),  # up to 1000
-        ("".join(box(x, (40, 300)[x % 2], x + 5, (300, 40)[x % 2]) for x in range(100, 150, 5)), FIRST),
-        ("".join(box(x, 40 + 2 * (x % 2), x + 5, 300) for x in range(100, 150, 5)), None),
-        ("".join(box(40 + x % 2 * 50, x, 300, x + 5) for x in range(100, 150, 5)), None),
-        ("".join(box(x, 40, x + 5 + x % 2, 300) for x in range(100, 150, 5)), None),  # every other too thick
-        ("".join(box(100 + i // 2, 40, 103 + i // 2, 300) for i in range(10)), None),  # each said twice
-        ("".join(box(x, 40, x + 5, 300) for x in (100 + (11 * i + 1) // 2 for i in range(10))), None),  # steps 5, 6
         (row(10, 5, 6), None),  # apart
-        (row(40, 18, 20, axis=1), None),  # rows of a table
-        (row(40, 14, 16, axis=1), None),  # lines of a text
-        (row(40, 18, 19), None),  # keys
-        (row(40, 10, 20), None),  # lamps
-        ("".join(box(x, 40 + x, x + 5, 300) for x in range(100, 150, 5)), None),  # not alike
-        ("".join(box(x * x, 40, x * x + 5, 300) for x in range(10)), None),  # no equal steps
+        (row(10, 6, 6), None),  # too thick
+        (lay(*((x + 5, 300, x, 40) for x in ALONG)), box(105, 300, 100, 40)),  # corners the other way
+        (lay(*((x, (40, 300)[x % 2], x + 5, (300, 40)[x % 2]) for x in ALONG)), FIRST),
+        (lay(*((x, 40 + x % 2, x + 5, 300) for x in ALONG)), FIRST),
+        (lay(*((x, 40 + 2 * (x % 2), x + 5, 300) for x in ALONG)), None),
+        (lay(*((40 + x % 2 * 50, x, 300, x + 5) for x in ALONG)), None),
+        (lay(*((x, 40, x + 5 + x % 2, 300) for x in ALONG)), None),  # every other too thick
+        (lay(*((x, 40 + x, x + 5, 300) for x in ALONG)), None),  # not alike
+        (lay(*((x * x, 40, x * x + 5, 300) for x in range(10))), None),  # no equal steps
+        (lay(*((x, 40, x + 5, 300) for x in (100 + (11 * i + 1) // 2 for i in range(10)))), None),  # steps 5, 6
+        (lay(*((100 + i // 2, 40, 103 + i // 2, 300) for i in range(10))), None),  # each said twice
         (row(9, 5, 5) + "<ref>b</ref>" + box(145, 40, 150, 300), None),  # another thing
-        (f"<ref>a</ref>,{A * 3}", f"<ref>a</ref>,{A}"),
-        (f"<ref>a</ref>,{A}" * 3, f"<ref>a</ref>,{A}<ref>a</ref>,"),
-        (f"<ref>a</ref><ref>b</ref>{A}<ref>c</ref>{A * 2}", None),
-        ("".join(f"<box><1><2><3>{'abcdefghij'[i]}</box>" for i in range(10)), None),  # no coordinates
-        ("".join(box(x, y) for x in range(0, 100, 4) for y in range(0, 8, 4)), None),
+        *(
+            (row(40, width, pitch, axis=1), None) for width, pitch in [(18, 20), (14, 16), (18, 19), (10, 20)]
+        ),  # a table
+        (lay(*((x, y) for x in range(0, 100, 4) for y in range(0, 8, 4))), None),
     ],
 )
 def test_what_is_kept(answer, kept):
@@ -189,38 +189,33 @@ def test_a_label_that_is_said_once_is_known():
         assert (DegenerateAnswerCriteria(ROLES).answer_to_keep(said) is not None) == end
 
 
-def test_numbers_are_arguments():
-    twice, cycle = ids_of(A + A), ids_of((A + B) * 3)
-    assert DegenerateAnswerCriteria(ROLES, times=2).answer_to_keep(twice) == len(ids_of(A))
-    assert DegenerateAnswerCriteria(ROLES, times=4).answer_to_keep(ids_of(A * 3)) is None
-    assert DegenerateAnswerCriteria(ROLES, period=1).answer_to_keep(cycle) is None
-    slivers = ids_of(row(3, 5, 5))
-    assert DegenerateAnswerCriteria(ROLES, march=3).answer_to_keep(slivers) == len(ids_of(A))
-    assert DegenerateAnswerCriteria(ROLES, march=3, thin=4).answer_to_keep(slivers) is None
-    assert DegenerateAnswerCriteria(ROLES, march=3, thin=0).answer_to_keep(ids_of(row(3, 0, 1))) == len(ids_of(A))
-    assert DegenerateAnswerCriteria(ROLES, march=0).answer_to_keep(ids_of(row(20, 5, 5))) is None
-    assert DegenerateAnswerCriteria(ROLES, times=2, prompt_length=6)(torch.tensor([twice]), None).tolist() == [False]
+@pytest.mark.parametrize(
+    ("options", "answer", "kept"),
+    [
+        ({"times": 2}, A * 2, A),
+        ({"times": 4}, A * 3, None),
+        ({"period": 1}, (A + B) * 3, None),
+        ({"march": 3}, row(3, 5, 5), A),
+        ({"march": 3, "thin": 4}, row(3, 5, 5), None),
+        ({"march": 3, "thin": 0}, row(3, 0, 1), A),
+        ({"march": 0}, row(20, 5, 5), None),
+    ],
+)
+def test_numbers_are_arguments(options, answer, kept):
+    expected = None if kept is None else len(ids_of(kept))
+    assert DegenerateAnswerCriteria(ROLES, **options).answer_to_keep(ids_of(answer)) == expected
+    criterion = DegenerateAnswerCriteria(ROLES, prompt_length=len(ids_of(A)), **options)
+    assert criterion(torch.tensor([ids_of(A + answer)]), None).tolist() == [kept is not None]
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"period": 0},
-        {"times": 1},
-        {"march": 2},
-        {"march": 1},
-        {"march": -1},
-        {"thin": -1},
-        {"tolerance": -1},
-        {"prompt_length": -1},
-        {"period": True},
-        {"times": 2.5},
-    ],
-)
-def test_numbers_out_of_range_are_named(options):
-    (name,) = options
+    ("name", "value"),
+    [("period", 0), ("period", True), ("times", 1), ("times", 2.5), ("tolerance", -1), ("march", 2), ("march", -1),
+     ("thin", -1), ("prompt_length", -1)],
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name}="):
-        model_of("shapes").degenerate_answer_criteria(**options)
+        model_of("shapes").degenerate_answer_criteria(**{name: value})
 
 
 MARKS = [ROLES.box_start, ROLES.box_end, ROLES.ref_start, ROLES.ref_end, ROLES.none]
@@ -236,53 +231,38 @@ def test_any_ids_are_read(ids):
 # ---- in generate
 
 
-class Listener:
-    def __init__(self):
-        self.heard = []
+class Says:
+    """A logits processor by which the row with this prompt says these ids."""
 
-    def put(self, tokens):
-        self.heard += tokens.flatten().tolist()
+    def __init__(self, prompt: list[int], ids: list[int]):
+        self.prompt, self.ids = prompt, ids
 
-    def end(self):
-        pass
+    def __call__(self, input_ids, scores):
+        if input_ids[0, : len(self.prompt)].tolist() != self.prompt:
+            return scores
+        token = self.ids[input_ids.shape[1] - len(self.prompt)]
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
+
+
+START = ids_of("<ref>red circle</ref>" + A)
+ENDLESS = START + ids_of(A) * 100
 
 
 def test_an_endless_answer_ends():
-    """Boxes for ever, by a processor: neighbours go on, and the row's slot is free."""
+    """Neighbours go on, and the row's slot is free."""
     case = cases_of("shapes")[0]
     plain = (c for c in cases_of("shapes") if not {"seed", "repetition_penalty"} & c.keys() and c["num_boxes"] > 1)
     neighbour = next(c for c in plain if c["case"] != case["case"])
     batch = Batch("shapes", [{**case, "generation_mode": "slow", "max_new_tokens": 500}, neighbour])
-    endless = ids_of("<ref>red circle</ref>") + ids_of(A) * 100
-
-    class Says:
-        def __call__(self, input_ids, scores):
-            if input_ids[0, : len(case["input_ids"])].tolist() != case["input_ids"]:
-                return scores
-            token = endless[input_ids.shape[1] - len(case["input_ids"])]
-            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
-
-    criterion = batch.model.degenerate_answer_criteria()
-    settings = {name: value for name, value in batch.settings.items() if name in ("generation_mode", "max_new_tokens")}
+    settings = {name: batch.settings[name] for name in ("generation_mode", "max_new_tokens")}
     output = batch.model.generate(
-        **batch.inputs, **settings, logits_processor=[Says()], stopping_criteria=[criterion], output_scores=True,
-        return_dict_in_generate=True,
+        **batch.inputs, **settings, logits_processor=[Says(case["input_ids"], ENDLESS)], output_scores=True,
+        stopping_criteria=[batch.model.degenerate_answer_criteria()], return_dict_in_generate=True,
     )  # fmt: skip
     new = output.sequences[:, batch.input_ids.shape[1] :]
-    kept = len(ids_of("<ref>red circle</ref>" + A))
-    assert new[0, :kept].tolist() == endless[:kept]
-    assert int(output.row_forwards[0]) == len(ids_of("<ref>red circle</ref>" + A * 3))
     said = [ids[~scores.isnan()].tolist() for ids, scores in zip(new, output.token_log_probs, strict=True)]
-    assert len(said[0]) == kept and said[1] == neighbour["output_ids"]
-
-
-def repeating(mode: str) -> list[dict]:
-    """Greedy golden cases of the half-trained network that say a box twice at once."""
-    found = []
-    for case in cases_of("shapes-early"):
-        if case["generation_mode"] == mode and "seed" not in case and cut(case) is not None:
-            found.append(case)
-    return found
+    assert said == [START, neighbour["output_ids"]]
+    assert int(output.row_forwards[0]) == len(START + 2 * ids_of(A))
 
 
 def cut(case: dict) -> int | None:
@@ -292,12 +272,17 @@ def cut(case: dict) -> int | None:
     return next((length for length in kept if length is not None), None)
 
 
+def greedy(mode: str, *, repeats: bool) -> list[dict]:
+    """Golden cases of the half-trained network that say a box twice at once, or never."""
+    cases = (case for case in cases_of("shapes-early") if case["generation_mode"] == mode and "seed" not in case)
+    return [case for case in cases if (cut(case) is not None) == repeats]
+
+
 @pytest.mark.parametrize("mode", ["hybrid", "fast"])
 def test_rows_end_before_their_first_repetition(mode):
-    cases = repeating(mode)
-    others = [case for case in cases_of("shapes-early") if "seed" not in case and cut(case) is None][:6]
+    cases = greedy(mode, repeats=True)
     assert len(cases) >= 3
-    batch = Batch("shapes-early", cases + others)
+    batch = Batch("shapes-early", cases + greedy(mode, repeats=False)[:6])
     criterion = batch.model.degenerate_answer_criteria(times=2)
     output = batch.run(stopping_criteria=[criterion], output_scores=True)
     for row, case in enumerate(batch.cases):
@@ -307,74 +292,37 @@ def test_rows_end_before_their_first_repetition(mode):
         assert (new[length:] == batch.model.config.pad_token_id).all()
         assert (output.accepted_by[row] >= 0).sum() == length
         assert output.row_forwards[row] < case["forward_step"] or cut(case) is None
-    text = tokenizer_of("shapes").decode(output.sequences[0, batch.input_ids.shape[1] :])
-    assert text.count("<box>") < cases[0]["output"].count("<box>")
 
 
 def test_the_stock_call_gives_the_cut_text_and_its_history():
-    case = repeating("hybrid")[0]
-    listener = Listener()
+    case = greedy("hybrid", repeats=True)[0]
+    heard: list[int] = []
+    listener = SimpleNamespace(put=lambda tokens: heard.extend(tokens.flatten().tolist()), end=lambda: None)
     batch, tokenizer = Batch("shapes-early", [case]), tokenizer_of("shapes")
     text, history, statistics = batch.model.generate(
-        **batch.inputs,
-        tokenizer=tokenizer,
-        verbose=True,
-        streamer=listener,
+        **batch.inputs, tokenizer=tokenizer, verbose=True, streamer=listener,
         stopping_criteria=[batch.model.degenerate_answer_criteria(times=2)],
-    )
+    )  # fmt: skip
     assert text == tokenizer.decode(case["output_ids"][: cut(case)])
-    assert "".join(piece for _, piece in history) == text
-    assert all(piece for _, piece in history)
+    assert "".join(piece for _, piece in history) == text and all(piece for _, piece in history)
     assert f"num_tokens={cut(case)};" in statistics
     # a step that completes a repetition adds nothing; what earlier steps said has been heard
-    heard = case["input_ids"] + case["output_ids"]
-    assert heard[: len(listener.heard)] == listener.heard and len(listener.heard) >= len(case["input_ids"]) + cut(case)
+    said = case["input_ids"] + case["output_ids"]
+    assert said[: len(heard)] == heard and len(heard) >= len(case["input_ids"]) + cut(case)
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_the_plain_models_own_generate_is_slow(use_cache):
-    """transformers' generate on the class below ours; the checkpoint's config leaves the cache off."""
-    from locateanything.modeling_locateanything_batched import LocateAnythingForConditionalGeneration
-    from tests.conftest import CHECKPOINTS
-
+def test_transformers_own_generate_is_slow_and_takes_the_criterion(use_cache):
+    """On the plain model; the checkpoint's config leaves the cache off. Rows end, what they said stays."""
     model = LocateAnythingForConditionalGeneration.from_pretrained(CHECKPOINTS["shapes"]).eval()
     slow = (case for case in cases_of("shapes") if case["generation_mode"] == "slow" and "seed" not in case)
     case = next(case for case in slow if case["num_tokens"] > 8 and "repetition_penalty" not in case)
-    batch = Batch("shapes", [case])
-    output = model.generate(
-        **batch.inputs, max_new_tokens=case["max_new_tokens"], do_sample=False, use_cache=use_cache, pad_token_id=0
-    )
-    assert output[0, len(case["input_ids"]) :].tolist() == case["output_ids"]
-
-
-def test_transformers_generate_takes_it_too():
-    """On the plain model, whose generate is transformers' own: rows end, what they said stays."""
-    from locateanything.modeling_locateanything_batched import LocateAnythingForConditionalGeneration
-    from tests.conftest import CHECKPOINTS
-
-    model = LocateAnythingForConditionalGeneration.from_pretrained(CHECKPOINTS["shapes-early"]).eval()
-    case = cases_of("shapes-early")[0]
-    batch = Batch("shapes-early", [case])
-    start = ids_of("<ref>a</ref>" + A)
-    roles = model.config.token_roles
-
-    class Repeats:
-        """Says one box over and over."""
-
-        def __call__(self, input_ids, scores):
-            said = input_ids.shape[1] - len(case["input_ids"])
-            token = start[said] if said < len(start) else start[-6 + (said - len(start)) % 6]
-            return torch.full_like(scores, -float("inf")).index_fill(1, torch.tensor([token]), 0.0)
-
-    criterion = DegenerateAnswerCriteria(roles, prompt_length=len(case["input_ids"]))
-    output = model.generate(
-        **batch.inputs,
-        max_new_tokens=60,
-        do_sample=False,
-        logits_processor=[Repeats()],
-        stopping_criteria=[criterion],
-        pad_token_id=0,
-    )
-    answer = output[0, len(case["input_ids"]) :].tolist()
-    assert answer == start + 2 * start[-6:]
-    assert criterion.answer_to_keep(answer) == len(start)
+    inputs, prompt = Batch("shapes", [case]).inputs, case["input_ids"]
+    call = {"do_sample": False, "use_cache": use_cache, "pad_token_id": 0}
+    output = model.generate(**inputs, **call, max_new_tokens=case["max_new_tokens"])
+    assert output[0, len(prompt) :].tolist() == case["output_ids"]
+    criterion = DegenerateAnswerCriteria(model.config.token_roles, prompt_length=len(prompt))
+    listed = {"logits_processor": [Says(prompt, ENDLESS)], "stopping_criteria": [criterion]}
+    answer = model.generate(**inputs, **call, **listed, max_new_tokens=60)[0, len(prompt) :]
+    assert answer.tolist() == START + 2 * ids_of(A)
+    assert criterion.answer_to_keep(answer) == len(START)
