@@ -10,7 +10,7 @@ import os
 import re
 import string
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import ceil, inf
 from typing import Any, TypedDict
@@ -95,9 +95,7 @@ def load_video(source: Any, *, upright: bool = False) -> list[Image.Image]:
     if isinstance(source, ARRAYS):
         return [load_image(frame) for frame in _to_uint8(source, "video", dimensions=(4,), highest=255)]
     if is_list(source):
-        if not source:
-            raise ValueError("video: got an empty list; expected at least one frame.")
-        return _load_each(source, "video frame {}", upright)
+        return _load_each(source, "video", upright)
     try:
         with _opened(source) as image:
             return ImageSequence.all_frames(image, lambda frame: _to_rgb(frame, upright))
@@ -218,13 +216,15 @@ def _read_item(item: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return value, {key: given[key] for key in SIZE_KEYS if key in given}
 
 
-def _load_each(sources: Iterable[Any], name: str, upright: bool) -> list[Image.Image]:
+def _load_each(sources: Sequence[Any], name: str, upright: bool) -> list[Image.Image]:
+    if not len(sources):
+        raise ValueError(f"{name}: got an empty list; expected at least one.")
     images = []
     for index, source in enumerate(sources):
         try:
             images.append(load_image(source, upright=upright))
         except ValueError as error:
-            raise ValueError(f"{name.format(index)}: {error}") from error
+            raise ValueError(f"{name}[{index}]: {error}") from error
     return images
 
 
@@ -332,9 +332,7 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
             ValueError: no images, one that cannot be read, has a zero side, or is 512 patches or more a side.
         """
         is_several = is_list(images) or (isinstance(images, ARRAYS) and images.ndim == 4)
-        loaded = _load_each(images if is_several else [images], "images[{}]", self.upright)
-        if not loaded:
-            raise ValueError("images: got an empty list; expected at least one image.")
+        loaded = _load_each(images if is_several else [images], "images", self.upright)
         return BatchFeature(self.encode(loaded), tensor_type=return_tensors)
 
     def encode(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
