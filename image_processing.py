@@ -65,7 +65,7 @@ def load_image(source: Any, *, upright: bool = False) -> Image.Image:
         return _resized(load_image(value, upright=upright), sizes)
     several = False
     with _opened(source) as image:
-        loaded = _to_rgb(image, upright)
+        loaded = _to_rgb(image, upright, is_ours=image is not source)
         with suppress(Exception):  # not from a file, or from one that is closed
             # a camera's MPO has previews and a PSD has layers, which are no frames
             several = image.is_animated and image.tell() == 0 and image.format not in ("MPO", "PSD")  # type: ignore
@@ -228,8 +228,8 @@ def _load_each(sources: Sequence[Any], name: str, upright: bool) -> list[Image.I
     return images
 
 
-def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
-    """A new image in RGB."""
+def _to_rgb(image: Image.Image, upright: bool, is_ours: bool = False) -> Image.Image:
+    """The image in RGB. `is_ours`: nobody else has it, so it need not be copied, which takes as long as decoding."""
     if 0 in image.size:
         raise ValueError(f"{image.width}×{image.height} pixels; a side of zero has no content")
     if image.format == "EPS":  # PIL would start Ghostscript on it
@@ -244,6 +244,10 @@ def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
             image = ImageOps.exif_transpose(image)
     if is_16_bit:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if is_ours and image.mode == "RGB" and not getattr(image, "is_animated", False):
+        image.load()
+        if not image.readonly:  # else it lies in a file that PIL has mapped, or in an array
+            return image
     if image.mode != "RGBA":
         return image.convert("RGB")
     canvas = Image.new("RGB", image.size, "white")
