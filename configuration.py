@@ -32,6 +32,16 @@ _TEXT_3B: dict[str, Any] = {
     "switch_token_id": 152679,
     "text_mask_token_id": 151676,
 }
+_ROLES_3B: dict[str, int] = {
+    "image_token_index": 151665,
+    "box_start_token_id": 151668,
+    "box_end_token_id": 151669,
+    "coord_start_token_id": 151677,
+    "coord_end_token_id": 152677,
+    "ref_start_token_id": 151672,
+    "ref_end_token_id": 151673,
+    "none_token_id": 4064,
+}
 # what a file must say: transformers would fill in the numbers of another Qwen2
 _REQUIRED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -137,7 +147,7 @@ class LocateAnythingConfig(PretrainedConfig):
         vision_config: `MoonViTConfig` or its dict.
         text_config: `Qwen2Config` or its dict, with `block_size`, `null_token_id`, `text_mask_token_id` and
             `eos_token_id`. Any other text tower is refused.
-        image_token_index … none_token_id: token roles, see `TokenRoles`. The defaults are the 3B checkpoint's.
+        image_token_index … none_token_id: token roles, see `TokenRoles`; by default `_ROLES_3B`.
         use_llm_lora, use_backbone_lora: rank of the LoRA adapters that the checkpoint holds beside the language
             model's and the vision tower's weights, as the stock's fine-tuning saves them; 0 for none.
 
@@ -154,14 +164,6 @@ class LocateAnythingConfig(PretrainedConfig):
         self,
         vision_config: Any = None,
         text_config: Any = None,
-        image_token_index: int = 151665,
-        box_start_token_id: int = 151668,
-        box_end_token_id: int = 151669,
-        coord_start_token_id: int = 151677,
-        coord_end_token_id: int = 152677,
-        ref_start_token_id: int = 151672,
-        ref_end_token_id: int = 151673,
-        none_token_id: int = 4064,
         use_llm_lora: int = 0,
         use_backbone_lora: int = 0,
         **kwargs: Any,
@@ -172,21 +174,12 @@ class LocateAnythingConfig(PretrainedConfig):
             vision_config = MoonViTConfig(**(vision_config or {}))
         self.vision_config: MoonViTConfig = vision_config
         self.text_config: Qwen2Config = text_config
-        self.image_token_index = image_token_index
-        self.box_start_token_id = box_start_token_id
-        self.box_end_token_id = box_end_token_id
-        self.coord_start_token_id = coord_start_token_id
-        self.coord_end_token_id = coord_end_token_id
-        self.ref_start_token_id = ref_start_token_id
-        self.ref_end_token_id = ref_end_token_id
-        self.none_token_id = none_token_id
-        self.use_llm_lora = use_llm_lora
-        self.use_backbone_lora = use_backbone_lora
+        self.use_llm_lora, self.use_backbone_lora = use_llm_lora, use_backbone_lora
         # <|endoftext|> is both Qwen's bos and the tokenizer's pad token; the official config names only the first.
         pad_token_id = kwargs.pop("pad_token_id", None)
         tie_word_embeddings = kwargs.pop("tie_word_embeddings", text_config.tie_word_embeddings)
         kwargs.pop("_attn_implementation", None)  # the stock writes down what it ran with; who loads it chooses
-        super().__init__(**kwargs)
+        super().__init__(**{**_ROLES_3B, **kwargs})
         self.tie_word_embeddings = tie_word_embeddings
         self.pad_token_id = text_config.bos_token_id if pad_token_id is None else pad_token_id
         TokenRoles.of(self)

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from numbers import Real
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList
 
 from .configuration import WINDOW, LocateAnythingConfig
@@ -25,6 +25,7 @@ MODES = ("hybrid", "fast", "slow", "verified")
 ROWS_A_STEP = 32  # beyond, arithmetic takes all the time that memory traffic saves
 DEFAULT_NEW_TOKENS = 2048  # docs/stock-behaviour.md §6
 _PER_ROW = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_length")
+_OWN_PER_ROW = ("generation_mode", "verify_labels")  # no generation config says these
 # transformers' options for other ways of decoding, which would have no effect here, and what of them means "off"
 _WITHOUT_EFFECT: dict[str, Any] = {
     **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "dola_layers")),
@@ -61,7 +62,7 @@ def read_prompts(input_ids: Any, attention_mask: Any, config: LocateAnythingConf
         raise ValueError(f"inputs: got the processor's output ({', '.join(input_ids)}); write generate(**inputs).")
     if input_ids is None:
         raise ValueError("generate() needs input_ids; got none.")
-    input_ids = tensor_of(input_ids, "input_ids")
+    input_ids = torch.as_tensor(input_ids)
     if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
         raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; expected integers [rows, length].")
     vocabulary, low, high = config.text_config.vocab_size, int(input_ids.min()), int(input_ids.max())
@@ -71,7 +72,7 @@ def read_prompts(input_ids: Any, attention_mask: Any, config: LocateAnythingConf
         kept = (input_ids != pad_token_id).long()
         mask = (kept.cummax(1).values & kept.flip(1).cummax(1).values.flip(1)).bool()
     else:
-        mask = tensor_of(attention_mask, "attention_mask").to(input_ids.device) != 0
+        mask = torch.as_tensor(attention_mask, device=input_ids.device) != 0
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask is {list(mask.shape)}; expected input_ids' {list(input_ids.shape)}.")
     rows = [ids[kept].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
@@ -79,13 +80,6 @@ def read_prompts(input_ids: Any, attention_mask: Any, config: LocateAnythingConf
         raise ValueError(f"row {rows.index([])}: attention_mask is 0 everywhere; an empty prompt has no answer.")
     left = input_ids.long().gather(1, mask.long().argsort(dim=1, stable=True))
     return Prompts(left, rows, [row.count(config.image_token_index) for row in rows])
-
-
-def tensor_of(value: Any, name: str) -> torch.Tensor:
-    try:
-        return torch.as_tensor(value)
-    except (RuntimeError, TypeError, ValueError) as error:  # rows of different lengths, words
-        raise ValueError(f"{name}: got a {type(value).__name__} that is no tensor ({error}).") from None
 
 
 # ---- settings
@@ -108,12 +102,9 @@ def read_call(
     given: GenerationConfig | None,
     arguments: dict[str, Any],
     *,
-    modes: str | Sequence[str],
-    labels: bool | Sequence[bool],
     generator: Any,
     tokenizer: Any,
     logits_processor: Sequence[Any] | None,
-    prefix_allowed_tokens_fn: Any,
 ) -> Call:
     """Merges the sources of settings; the first that speaks wins: arguments, `given`, the model's generation config.
 
@@ -121,8 +112,8 @@ def read_call(
     temperature 1.0 unless told, and `do_sample=False` greedy.
 
     Args:
-        arguments: keyword arguments of `generate` that are not its own; those in `_PER_ROW` may be a list with one
-            value per row, None where none is given.
+        arguments: `generate`'s for the rows, and those that are transformers' own; those of `_PER_ROW` and
+            `_OWN_PER_ROW` may be a list with one value per row, None where none is given.
         tokenizer: of a stock call, which asks for text; as there, `do_sample` and the model's generation config are
             not looked at then, and no row grows beyond its `model_max_length`.
 
@@ -138,7 +129,9 @@ def read_call(
         raise ValueError("use_cache=False: LocateAnything's windows need the cache; leave it on.")
     if arguments.pop("n_future_tokens", WINDOW) != WINDOW:
         raise ValueError(f"n_future_tokens: this model predicts {WINDOW} tokens at a time.")
-    argued = {name: _per_row(name, arguments.pop(name), count) for name in _PER_ROW if name in arguments}
+    per_row = [name for name in (*_PER_ROW, *_OWN_PER_ROW) if name in arguments]
+    argued = {name: _per_row(name, arguments.pop(name), count) for name in per_row}
+    prefix_allowed_tokens_fn = arguments.pop("prefix_allowed_tokens_fn", None)
     sequences = arguments.pop("num_return_sequences", (given or model.generation_config).num_return_sequences or 1)
     check_number("num_return_sequences", sequences, whole=True, least=1)
     sequences = int(sequences)
@@ -149,14 +142,13 @@ def read_call(
     # 4.57's default length is nobody's wish
     spoken = {name: said[name] for name in _PER_ROW if name in said and (name, said[name]) != ("max_length", 20)}
     settings = []
-    for row, mode, verified in zip(
-        range(count), _per_row("generation_mode", modes, count), _per_row("verify_labels", labels, count), strict=True
-    ):
+    for row in range(count):
+        own = {name: values[row] for name, values in argued.items() if values[row] is not None}
+        mode, verified = own.get("generation_mode", "hybrid"), own.get("verify_labels", False)
         if mode not in MODES:
             raise ValueError(f"generation_mode={mode!r} is unknown; expected one of {', '.join(MODES)}.")
         if not isinstance(verified, bool):
             raise ValueError(f"verify_labels={verified!r}: expected True or False.")
-        own = {name: values[row] for name, values in argued.items() if values[row] is not None}
         told, length = {**spoken, **own}, len(prompts.rows[row])
         limit, sampling = _limit(told, length, cap, row), _sampling(own, told, stock_call)
         least = max(config.min_length or 0, length + config.min_new_tokens if config.min_new_tokens else 0)
@@ -215,11 +207,7 @@ def _per_row(name: str, value: Any, rows: int) -> list[Any]:
 
 
 def check_number(name: str, value: Any, *, whole: bool = False, least: float = -math.inf) -> None:
-    """Refuses what is no finite number, no whole one, or too small.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """Refuses, by a ValueError that names it, what is no finite number, no whole one, or too small."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not (number and -1e300 < value < 1e300 and value >= least) or (whole and int(value) != value):
         bound = "" if least == -math.inf else f" of {least} or more"
@@ -267,16 +255,13 @@ def _sampling(own: dict[str, Any], told: dict[str, Any], stock_call: bool) -> Sa
 
 def _generators(generator: Any, rows: int, device: torch.device) -> list[torch.Generator | None]:
     """One per row, or None for each where one draws for all."""
-    shared = generator is None or isinstance(generator, torch.Generator)
-    listed = [generator] if shared or not isinstance(generator, Sequence) else list(generator)
+    listed = _per_row("generator", generator, rows)
     for one in listed:
         if one is not None and not isinstance(one, torch.Generator):
             raise ValueError(f"generator: got a {type(one).__name__}; expected a torch.Generator or a list of them.")
         if one is not None and one.device.type != device.type:
             raise ValueError(f"generator: got one on {one.device}, but the rows' numbers are on {device}.")
-    if not shared and len(listed) != rows:
-        raise ValueError(f"generator has {len(listed)} generators for {rows} rows; expected one or one per row.")
-    return [None] * rows if shared else listed
+    return listed if isinstance(generator, (list, tuple)) else [None] * rows
 
 
 def rows_that_fit(model: Any, tokens: int, device: torch.device) -> int:
@@ -296,8 +281,7 @@ def rows_that_fit(model: Any, tokens: int, device: torch.device) -> int:
 
 def side_by_side(rows: list[list], filling: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Lists of different lengths → `[rows, longest]`, padded on the right."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [filling] * (width - len(row)) for row in rows], dtype=dtype, device=device)
+    return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], True, filling).to(device)
 
 
 def texts_of(rows: list[Row], tokenizer: Any, seconds: float | None) -> Any:
@@ -310,8 +294,7 @@ def texts_of(rows: list[Row], tokenizer: Any, seconds: float | None) -> Any:
     answer = texts[0] if len(rows) == 1 else texts
     if seconds is None:
         return answer
-    tokens = sum(len(row.answer) for row in rows)
-    boxes = sum(text.count("<box>") for text in texts)
+    tokens, boxes = sum(len(row.answer) for row in rows), sum(text.count("<box>") for text in texts)
     statistics = (
         f"num_tokens={tokens}; generate_time(s)={seconds:.4f}; tps={tokens / seconds:.4f}; "
         f"forward_step={sum(row.forwards for row in rows)}; num_boxes={boxes}; bps={boxes / seconds:.4f}; "
@@ -328,10 +311,10 @@ def texts_of(rows: list[Row], tokenizer: Any, seconds: float | None) -> Any:
 
 
 class PromptFeatures:
-    """The image features of each row, checked at once and encoded when the loop takes them.
+    """The image features of each row of the loop, checked at once and encoded when the loop takes them.
 
     Args:
-        model: encodes and projects. repeats: row i of the loop shows what row i // repeats of the prompts does.
+        model: encodes and projects. repeats: rows of the loop that show one prompt's images, side by side.
         pixel_values, image_grid_hws, visual_features: as `generate` takes them.
 
     Raises:
@@ -339,45 +322,26 @@ class PromptFeatures:
     """
 
     def __init__(
-        self,
-        model: Any,
-        prompts: Prompts,
-        repeats: int,
-        pixel_values: Any,
-        image_grid_hws: Any,
-        visual_features: Any,
+        self, model: Any, prompts: Prompts, repeats: int, pixel_values: Any, image_grid_hws: Any, visual_features: Any
     ):
-        self.model, self.repeats, self.patches_a_pass = model, repeats, PATCHES_A_PASS
-        self.sizes: list[tuple[int, int]] = []
-        self.kind = "pixels"
-        if isinstance(visual_features, (torch.Tensor, np.ndarray)):
-            self.kind, features = "projected", torch.as_tensor(visual_features)
-            hidden = model.config.text_config.hidden_size
-            if list(features.shape) != [sum(prompts.slots), hidden]:
-                raise ValueError(
-                    f"visual_features are {list(features.shape)}; one tensor is taken for projected features, "
-                    f"[image slots, hidden] = [{sum(prompts.slots)}, {hidden}]."
-                )
-            # what fills slots side by side counts as one image
-            slot = model.config.image_token_index
-            runs = [len(list(run)) for row in prompts.rows for shown, run in groupby(row, slot.__eq__) if shown]
-            self.images = list(features.split(runs))
-        elif visual_features is not None:
-            self.kind, self.images = "encoded", [torch.as_tensor(image) for image in visual_features]
+        self.model, self.patches_a_pass = model, PATCHES_A_PASS
+        self.sizes: list[tuple[int, int]] = []  # in patches; of features none is asked
+        patches_a_token = 1
+        if visual_features is not None:
+            self.images = [torch.as_tensor(image) for image in visual_features]
         else:
             self.images, self.sizes = read_images(pixel_values, image_grid_hws)
-        merged = math.prod(model.config.vision_config.merge_kernel_size) if self.kind == "pixels" else 1
-        self.tokens = [len(image) // merged for image in self.images]
+            patches_a_token = math.prod(model.config.vision_config.merge_kernel_size)
+        self.tokens = [len(image) // patches_a_token for image in self.images]
         same = first_equal(self.images, self.sizes)
-        self.of_rows = [[same[image] for image in row] for row in images_by_row(prompts.slots, self.tokens)]
-        # rows that have yet to enter, by image
-        self.waiting = Counter({i: n * repeats for i, n in Counter(chain(*map(set, self.of_rows))).items()})
+        by_prompt = [[same[image] for image in row] for row in images_by_row(prompts.slots, self.tokens)]
+        self.of_rows = [images for images in by_prompt for _ in range(repeats)]
+        self.waiting = Counter(chain(*map(set, self.of_rows)))  # rows that have yet to enter, by image
         self.encoded: dict[int, torch.Tensor] = {}
 
     def layout(self, row: int) -> tuple[list[int], list[int]]:
         """Identity and tokens of each of a row's images; equal images have one identity."""
-        images = self.of_rows[row // self.repeats]
-        return images, [self.tokens[image] for image in images]
+        return self.of_rows[row], [self.tokens[image] for image in self.of_rows[row]]
 
     def take(self, wanted: list[tuple[int, int]]) -> list[torch.Tensor]:
         """Features `[tokens, hidden]` of each (row of the loop, image tokens to skip)'s images, in order."""
@@ -388,12 +352,17 @@ class PromptFeatures:
                     images.append(image)
                 skip -= tokens
         missing = sorted(set(images) - self.encoded.keys())
-        self.encoded.update(zip(missing, self.encode(missing), strict=True))
+        if missing:
+            chosen = [self.images[image] for image in missing]
+            if self.sizes:
+                grids = torch.tensor([self.sizes[image] for image in missing])
+                chosen = self.model.extract_feature(chosen, grids, self.patches_a_pass)
+            self.encoded.update(zip(missing, self.model.project(chosen), strict=True))
         return [self.encoded[image] for image in images]
 
     def release(self, row: int) -> None:
         """A row has entered: features that no waiting row shows are dropped."""
-        for image in set(self.of_rows[row // self.repeats]):
+        for image in set(self.of_rows[row]):
             self.waiting[image] -= 1
             if self.waiting[image] <= 0:
                 self.encoded.pop(image, None)
@@ -401,14 +370,6 @@ class PromptFeatures:
     def halve(self) -> None:
         """Memory ran out: encode in passes of half the size."""
         self.patches_a_pass = max(1, self.patches_a_pass // 2)
-
-    def encode(self, images: list[int]) -> list[torch.Tensor]:
-        """`[tokens, hidden]` of each image."""
-        chosen = [self.images[image] for image in images]
-        if self.kind == "pixels" and chosen:
-            grids = torch.tensor([self.sizes[image] for image in images])
-            chosen = self.model.extract_feature(chosen, grids, self.patches_a_pass)
-        return chosen if self.kind == "projected" else self.model.project(chosen)
 
 
 def first_equal(images: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
@@ -431,27 +392,24 @@ def first_equal(images: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]
 
 
 def images_by_row(slots: list[int], tokens: list[int]) -> list[list[int]]:
-    """Which images fill each row's slots, in order.
-
-    Args:
-        slots: image slots of each row. tokens: image tokens of each image.
+    """Which images fill each row's slots, in order, given the image tokens of each image.
 
     Raises:
         ValueError: a row's slots end inside an image, images run out, or images are left over.
     """
-    rows: list[list[int]] = []
-    image = 0
+    rows, left = [], deque(range(len(tokens)))
     for index, count in enumerate(slots):
-        first, filled = image, 0
-        while filled < count and image < len(tokens):
-            filled, image = filled + tokens[image], image + 1
+        images, filled = [], 0
+        while filled < count and left:
+            images.append(left.popleft())
+            filled += tokens[images[-1]]
         if filled != count:
             raise ValueError(
                 f"row {index} has {count} image slots, but its images give {filled} tokens; the prompt and the images "
                 "do not belong together."
             )
-        rows.append(list(range(first, image)))
-    if image < len(tokens):
+        rows.append(images)
+    if left:
         raise ValueError(
             f"the rows have {sum(slots)} image slots, but {len(tokens)} images give {sum(tokens)} tokens."
         )

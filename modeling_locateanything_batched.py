@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,11 @@ class LocateAnythingTextForCausalLM(Qwen2ForCausalLM):
 class LocateAnythingPreTrainedModel(PreTrainedModel):
     config_class = LocateAnythingConfig
     base_model_prefix = "model"
-    main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2DecoderLayer", "MoonViTBlock"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -156,10 +154,8 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
     """
 
     # of the kind that the decoder's own is: 5.x maps to what a weight is tied to, 4.57 lists what is tied
-    _tied_weights_keys: Any = (
+    _tied_weights_keys: Any = type(Qwen2ForCausalLM._tied_weights_keys)(
         {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
-        if isinstance(Qwen2ForCausalLM._tied_weights_keys, dict)
-        else ["language_model.lm_head.weight"]
     )
 
     def __init__(self, config: Any):
@@ -174,6 +170,7 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
             nn.LayerNorm(merged), nn.Linear(merged, hidden), nn.GELU(), nn.Linear(hidden, hidden)
         )
         self.language_model = LocateAnythingTextForCausalLM(config.text_config)
+        self.image_token_index = config.image_token_index
         self.post_init()
         # a checkpoint of the stock's fine-tuning
         if rank := getattr(config, "use_backbone_lora", 0):
@@ -265,19 +262,18 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
         Raises:
             ValueError: images that do not fill the image slots of `input_ids` exactly, or a keyword that Qwen2 lacks.
         """
-        told = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        if inputs_embeds is not None:
-            if pixel_values is not None or visual_features is not None:
-                raise ValueError("inputs_embeds show their images already; leave pixel_values, visual_features out.")
-            return self.language_model(inputs_embeds=inputs_embeds, labels=labels, **told, **kwargs)
-        if input_ids is None:
-            raise ValueError("forward() needs input_ids or inputs_embeds; got neither.")
+        if input_ids is not None and inputs_embeds is None:
+            features = self.image_tokens(pixel_values, image_grid_hws, visual_features, image_flags)
+            kwargs.update(visual_features=features, image_token_index=self.image_token_index)
+        elif pixel_values is not None or visual_features is not None:
+            raise ValueError("images fill slots of input_ids; inputs_embeds show theirs already, so leave images out.")
         return self.language_model(
             input_ids=input_ids,
-            visual_features=self.image_tokens(pixel_values, image_grid_hws, visual_features, image_flags),
-            image_token_index=self.image_token_index,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            logits_to_keep=logits_to_keep,
             labels=labels,
-            **told,
             **kwargs,
         )
 
@@ -297,8 +293,6 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
                 of `input_ids` that are not the answer.
         """
         return DegenerateAnswerCriteria(self.roles, **options)
-
-    _place_of = staticmethod(place_of)
 
 
 def _with_lora(model: nn.Module, options: dict[str, Any]) -> Any:
@@ -339,13 +333,12 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
-        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
         *,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_hws: torch.Tensor | None = None,
-        visual_features: Sequence[torch.Tensor] | torch.Tensor | None = None,
+        visual_features: Sequence[torch.Tensor] | None = None,
         generation_mode: str | Sequence[str] = "hybrid",
         verify_labels: bool | Sequence[bool] = False,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -361,8 +354,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         Args:
             input_ids (or `inputs`): `[rows, L]` long, padded on any side. attention_mask: `[rows, L]`, 0 on padding.
             pixel_values, image_grid_hws: of all rows' images in order, see `extract_feature`.
-            visual_features: instead of pixels, which are not looked at then, `extract_feature`'s result, or one tensor
-                `[tokens, hidden]` that is projected already.
+            visual_features: `extract_feature`'s result, instead of pixels, which are not looked at then.
             generation_mode: "hybrid", "fast", "slow", or "verified", the answer of "slow" in a fraction of
                 its forwards (docs/modes.md). One for all, or a list with one per row.
             verify_labels: in "hybrid" and "fast", accept text in `<ref>…</ref>` as "verified" does, if the answer
@@ -412,13 +404,10 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             self,
             prompts,
             generation_config,
-            kwargs,
-            modes=generation_mode,
-            labels=verify_labels,
+            {**kwargs, "generation_mode": generation_mode, "verify_labels": verify_labels},
             generator=generator,
             tokenizer=tokenizer if as_text else None,
             logits_processor=logits_processor,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
         )
         if streamer is not None and len(call.rows) > 1:
             raise ValueError(f"streamer= follows one row; got {len(call.rows)}.")

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -24,21 +23,6 @@ from .configuration import MoonViTConfig
 
 ROPE_BASE = 10000.0
 PATCHES_A_PASS = 25600  # of the tower: one image of the largest size, or many small ones
-
-
-@dataclass
-class PackedImages:
-    """Where each image lies in a packed sequence of patches, and the rotations of its patches.
-
-    lengths: patches of each image, in packed order. rotations: `[patches, head_dim / 2]` complex64, of length 1.
-    """
-
-    lengths: list[int]
-    rotations: torch.Tensor
-
-    def to(self, device: torch.device, **kwargs) -> PackedImages:
-        """accelerate calls this when the next block lives on another device."""
-        return PackedImages(self.lengths, self.rotations.to(device, **kwargs))
 
 
 def rotate_pairs(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
@@ -97,41 +81,40 @@ class MoonViTMLP(nn.Module):
 
 
 class MoonViTBlock(GradientCheckpointingLayer):
-    is_causal = False  # read by transformers' attention functions
-
     def __init__(self, config: MoonViTConfig):
         super().__init__()
         self.config = config
         self.heads = config.num_attention_heads
         self.head_dim = config.hidden_size // self.heads
-        self.num_key_value_groups = 1
         self.norm0 = nn.LayerNorm(config.hidden_size)
         self.norm1 = nn.LayerNorm(config.hidden_size)
         self.wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.wo = nn.Linear(config.hidden_size, config.hidden_size)
         self.mlp = MoonViTMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, images: PackedImages) -> torch.Tensor:
-        """hidden_states: `[patches, hidden]`, packed."""
-        hidden_states = hidden_states + self.wo(self.attend(self.wqkv(self.norm0(hidden_states)), images))
+    def forward(self, hidden_states: torch.Tensor, rotations: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """hidden_states: `[patches, hidden]`, packed; rotations: of each patch, `[patches, head_dim / 2]` complex64 of
+        length 1; lengths: patches of each image, in packed order."""
+        attended = self.attend(self.wqkv(self.norm0(hidden_states)), rotations, lengths)
+        hidden_states = hidden_states + self.wo(attended)
         return hidden_states + self.mlp(self.norm1(hidden_states))
 
-    def attend(self, qkv: torch.Tensor, images: PackedImages) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, rotations: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """qkv: `[patches, 3 * hidden]` → `[patches, hidden]`; full attention inside each image.
 
         Raises:
             ValueError: an attention implementation that this tower does not have.
         """
         heads = qkv.unflatten(-1, (3, self.heads, self.head_dim))
-        query, key = rotate_pairs(heads[:, :2], images.rotations).unbind(1)
+        query, key = rotate_pairs(heads[:, :2], rotations).unbind(1)
         value = heads[:, 2]
         implementation = self.config._attn_implementation or "sdpa"
         if "flash" in implementation:
-            return self.flash_attend(query, key, value, images.lengths).flatten(1)
+            return self.flash_attend(query, key, value, lengths).flatten(1)
         functions = {"sdpa": F.scaled_dot_product_attention, "eager": eager_attention}
         if implementation not in functions:
             raise ValueError(f"attn_implementation={implementation!r}: MoonViT has sdpa, eager and flash kernels.")
-        return attend_by_image(query, key, value, images.lengths, functions[implementation]).flatten(1)
+        return attend_by_image(query, key, value, lengths, functions[implementation]).flatten(1)
 
     def flash_attend(self, query, key, value, lengths: list[int]) -> torch.Tensor:
         """Every image in one varlen call of the flash kernel that transformers found."""
@@ -175,9 +158,9 @@ class MoonViTEncoder(nn.Module):
         self.blocks = nn.ModuleList([MoonViTBlock(config) for _ in range(config.num_hidden_layers)])
         self.final_layernorm = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, images: PackedImages) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, rotations: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         for block in self.blocks:
-            hidden_states = block(hidden_states, images)
+            hidden_states = block(hidden_states, rotations, lengths)
         return self.final_layernorm(hidden_states)
 
 
@@ -190,7 +173,6 @@ class MoonViTModel(PreTrainedModel):
     _no_split_modules = ["MoonViTBlock"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
 
     def __init__(self, config: MoonViTConfig):
         super().__init__(config)
@@ -209,31 +191,19 @@ class MoonViTModel(PreTrainedModel):
 
         Args:
             pixel_values: `[patches, 3, P, P]`, the images' patches one after another, row-major.
-            sizes: (rows, columns) in patches of each image; both even.
+            sizes: (rows, columns) in patches of each image; both even. Attention is one call for each run of images of
+                one size, so those come side by side.
 
         Returns:
             Per image `[tokens, 4 * hidden]`: the features of each 2×2 group of patches, in (row, column) order.
         """
-        # equally long images side by side share one attention call
-        order = sorted(range(len(sizes)), key=lambda i: sizes[i])
-        if order != list(range(len(sizes))):
-            pieces = pixel_values.split([h * w for h, w in sizes])
-            pixel_values = torch.cat([pieces[i] for i in order])
-        ordered = [sizes[i] for i in order]
-
-        hidden_states = self.patch_embed(pixel_values, ordered)
-        hidden_states = self.encoder(hidden_states, self.pack(ordered, hidden_states.device))
-
-        features: list[torch.Tensor] = [hidden_states] * len(sizes)
-        for i, piece in zip(order, hidden_states.split([h * w for h, w in ordered]), strict=True):
-            features[i] = self.merge(piece, *sizes[i])
-        return features
-
-    def pack(self, sizes: list[tuple[int, int]], device: torch.device) -> PackedImages:
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        tables = {size: rotary_table(*size, head_dim, device) for size in set(sizes)}
+        tables = {size: rotary_table(*size, head_dim, pixel_values.device) for size in set(sizes)}
         angles = torch.cat([tables[size] for size in sizes])
-        return PackedImages([h * w for h, w in sizes], torch.complex(angles.cos(), angles.sin()))
+        rotations = torch.complex(angles.cos(), angles.sin())
+        lengths = [height * width for height, width in sizes]
+        hidden_states = self.encoder(self.patch_embed(pixel_values, sizes), rotations, lengths)
+        return [self.merge(image, *size) for image, size in zip(hidden_states.split(lengths), sizes, strict=True)]
 
     def merge(self, features: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """`[height * width, C]` → `[tokens, rows * columns * C]`."""
@@ -248,10 +218,7 @@ class ImageFeatures:
     vision_model: Any
     mlp1: Any
     config: Any
-
-    @property
-    def image_token_index(self) -> int:
-        return self.config.image_token_index
+    image_token_index: int
 
     def extract_feature(
         self, pixel_values: Any, image_grid_hws: Any, patches_a_pass: int = PATCHES_A_PASS
@@ -270,15 +237,16 @@ class ImageFeatures:
         """
         images, sizes = read_images(pixel_values, image_grid_hws)
         place, dtype = place_of(self.vision_model), self.vision_model.dtype
-        features: list[torch.Tensor] = []
-        while len(features) < len(images):
-            first = last = len(features)
-            patches = 0
-            # as many images as fit the budget, one at least
-            while last < len(images) and (last == first or patches + len(images[last]) <= patches_a_pass):
-                patches, last = patches + len(images[last]), last + 1
-            features += self.vision_model(torch.cat(images[first:last]).to(place, dtype), sizes[first:last])
-        return features
+        features: dict[int, torch.Tensor] = {}
+        waiting = sorted(range(len(images)), key=lambda image: sizes[image])
+        while waiting:
+            taken = accumulate(len(images[image]) for image in waiting)
+            count = max(1, sum(patches <= patches_a_pass for patches in taken))
+            chosen, waiting = waiting[:count], waiting[count:]
+            pixels = torch.cat([images[image] for image in chosen]).to(place, dtype)
+            encoded = self.vision_model(pixels, [sizes[image] for image in chosen])
+            features.update(zip(chosen, encoded, strict=True))
+        return [features[image] for image in range(len(images))]
 
     def project(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Projects vision-tower features, `[tokens, 4 * vision hidden]` each, to `[tokens, hidden]`."""
@@ -330,15 +298,11 @@ class ImageFeatures:
                 inputs.pop(name, None)
         return inputs
 
-    def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, **kwargs):
-        """Rows that are repeated, for beams or several answers, show their images each time."""
+    def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
+        if expand_size > 1:  # transformers would repeat each patch, not each picture
+            raise ValueError(f"{expand_size} answers or beams a row: only one is given; repeat the row.")
         own: Any = super()
-        images = [kwargs.pop(name, None) for name in ("pixel_values", "image_grid_hws", "visual_features")]
-        features = self.extract_feature(*images[:2]) if images[2] is None else images[2]
-        if features:
-            rows = torch.cat([*features]).split((input_ids == self.image_token_index).sum(1).tolist())
-            kwargs["visual_features"] = [row for row in rows for _ in range(expand_size)]
-        return own._expand_inputs_for_generation(expand_size=expand_size, input_ids=input_ids, **kwargs)
+        return own._expand_inputs_for_generation(**kwargs)
 
 
 def read_images(pixel_values: Any, image_grid_hws: Any) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
@@ -353,14 +317,13 @@ def read_images(pixel_values: Any, image_grid_hws: Any) -> tuple[list[torch.Tens
         raise ValueError("pixel_values came without image_grid_hws; pass the processor's output whole.")
     sizes = [(int(height), int(width)) for height, width in torch.as_tensor(image_grid_hws).tolist()]
     patches = [height * width for height, width in sizes]
-    listed = isinstance(pixel_values, (list, tuple))
-    pieces = [torch.as_tensor(piece) for piece in (pixel_values if listed else [pixel_values])]
-    if any(piece.dim() != 4 for piece in pieces) or sum(map(len, pieces)) != sum(patches):
-        found = [list(piece.shape) for piece in pieces]
+    if isinstance(pixel_values, (list, tuple)):
+        pixel_values = torch.cat([torch.as_tensor(image) for image in pixel_values])
+    pixels = torch.as_tensor(pixel_values)
+    if pixels.dim() != 4 or len(pixels) != sum(patches):
+        found = list(pixels.shape)
         raise ValueError(f"pixel_values are {found}, but image_grid_hws {sizes} make [{sum(patches)}, 3, P, P].")
-    if not listed:
-        pieces = list(pieces[0].split(patches))
-    return pieces if [*map(len, pieces)] == patches else list(torch.cat(pieces).split(patches)), sizes
+    return list(pixels.split(patches)), sizes
 
 
 def place_of(module: nn.Module) -> torch.device:

@@ -68,7 +68,6 @@ def test_inputs_may_come_in_other_ways(batch):
     images = list(pixels.split(grids.prod(1).tolist()))
     with torch.no_grad():
         features = model.extract_feature(pixels, grids)
-        projected = torch.cat(model.project(features))
     assert features[0].shape[1] == 4 * model.config.vision_config.hidden_size
     arrays = {name: value.numpy() for name, value in batch.inputs.items()}
     unused = {"pixel_values": torch.zeros(1), "image_grid_hws": torch.tensor([[1, 1]])}
@@ -81,8 +80,6 @@ def test_inputs_may_come_in_other_ways(batch):
         {"pixel_values": [image.numpy() for image in images]},
         {"visual_features": features, **unused},
         {"visual_features": [feature.numpy() for feature in features], "pixel_values": None},
-        {"visual_features": projected, "pixel_values": None},
-        {"visual_features": projected.numpy(), "pixel_values": None},
     ):
         assert batch.answers(model.generate(**{**batch.inputs, **way})) == batch.expected(), way.keys()
 
@@ -260,9 +257,8 @@ def test_numbers_of_numpy_are_numbers():
     assert torch.equal(again, output), "None says nothing of its row"
 
 
-@pytest.mark.parametrize("kind", ["projected", "list"])
-def test_equal_pictures_with_other_words_between_them(kind):
-    """Their rows share a prefix that ends between two pictures, also where the features come as one tensor."""
+def test_equal_pictures_with_other_words_between_them():
+    """Their rows share a prefix that ends between two pictures."""
     case = next(case for case in cases_of("shapes") if len(case["images"]) == 2)
     batch = Batch("shapes", [case])
     model, slot = batch.model, batch.model.config.image_token_index
@@ -272,16 +268,14 @@ def test_equal_pictures_with_other_words_between_them(kind):
     rows = [ids, [*ids[: word + 1], 64, 65, *ids[word + 1 :]], [*ids[: word + 1], 66, *ids[word + 1 :]]]
     with torch.no_grad():
         features = model.extract_feature(batch.inputs["pixel_values"], batch.inputs["image_grid_hws"])
-        if kind == "projected":
-            features = torch.cat(model.project(features))
     settings = {"generation_mode": "slow", "max_new_tokens": 12}
 
     def ask(rows, **settings):
         width, pad = max(map(len, rows)), model.config.pad_token_id
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         padded = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-        shown = torch.cat([features] * len(rows)) if kind == "projected" else features * len(rows)
-        output = model.generate(input_ids=padded, attention_mask=mask, visual_features=shown, **settings)
+        shown = {"visual_features": features * len(rows)}
+        output = model.generate(input_ids=padded, attention_mask=mask, **shown, **settings)
         return output[:, width:].tolist()
 
     alone = [ask([row], **settings)[0] for row in rows]
@@ -455,7 +449,7 @@ def changed(batch: Batch, **kwargs):
         ({"verify_labels": "yes"}, "verify_labels='yes': expected True or False"),
         ({"inputs": torch.tensor([[1, 2]])}, "both inputs and input_ids"),
         ({"num_return_sequences": 0}, "num_return_sequences=0"),
-        ({"generator": [torch.Generator()]}, "generator has 1 generators for 4 rows"),
+        ({"generator": [torch.Generator()]}, "generator has 1 values for 4 rows"),
         ({"max_batch_rows": 0}, "max_batch_rows=0"),
         ({"max_new_tokens": "5"}, "max_new_tokens='5': expected a whole number"),
         ({"temperature": "hot"}, "temperature='hot': expected a number"),
@@ -465,7 +459,7 @@ def changed(batch: Batch, **kwargs):
         ({"generator": 5}, "generator: got a int; expected a torch.Generator"),
         ({"min_p": 0.1, "temperature": 1.0}, "min_p=0.1 is not supported"),
         ({"cache_implementation": "static"}, "cache_implementation='static' is not supported"),
-        ({"visual_features": torch.zeros(20, 7)}, r"visual_features are \[20, 7\]"),
+        ({"visual_features": [torch.zeros(7, 512)]}, "row 0 has .* image slots, but its images give 7"),
         ({"input_ids": None}, "needs input_ids"),
         ({"input_ids": torch.zeros(0, 5, dtype=torch.long)}, r"expected integers \[rows, length\]"),
         ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"expected integers \[rows, length\]"),
@@ -475,7 +469,7 @@ def changed(batch: Batch, **kwargs):
         ({"pixel_values": None, "image_grid_hws": None}, "row 0 has .* image slots, but its images give 0"),
         ({"image_grid_hws": None}, "without image_grid_hws"),
         ({"image_grid_hws": torch.tensor([[8, 10]])}, r"make \[80, 3"),
-        ({"pixel_values": torch.zeros(80, 588)}, r"pixel_values are \[\[80, 588\]\]"),
+        ({"pixel_values": torch.zeros(80, 588)}, r"pixel_values are \[80, 588\]"),
     ],
 )
 def test_bad_arguments_are_named(batch, kwargs, message, monkeypatch):
@@ -547,11 +541,6 @@ def test_images_must_fill_the_slots_exactly():
         batch.model.generate(**given(0, 1))
     with pytest.raises(ValueError, match="4 images give"):
         batch.model.generate(**given(0, 1, 2, 2))
-    features = batch.model.get_image_features(batch.inputs["pixel_values"], batch.inputs["image_grid_hws"])
-    with pytest.raises(ValueError, match="visual_features are"):
-        batch.model.generate(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, visual_features=torch.cat(features)[1:]
-        )
 
 
 def test_a_prompt_over_the_models_length_is_refused(shapes):
