@@ -9,7 +9,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from numbers import Real
 from typing import Any
 
 import torch
@@ -290,7 +289,7 @@ def _sizes(target_sizes: Any, rows: int) -> list[Any]:
     for line in lines:
         several = isinstance(line, list) and len(line) > 0 and isinstance(line[0], list)
         for pair in line if several else [line]:
-            shaped = isinstance(pair, list) and len(pair) == 2 and all(isinstance(side, Real) for side in pair)
+            shaped = isinstance(pair, list) and len(pair) == 2 and all(isinstance(side, (int, float)) for side in pair)
             if not shaped or not all(0 < side < 1e9 for side in pair):
                 raise ValueError(f"target_sizes: got {line!r}; expected (height, width) in pixels, or a list of them.")
         sizes.append(list(map(tuple, line)) if several else (tuple(line),))
@@ -301,8 +300,7 @@ def _id_rows(ids: Any, name: str) -> list[list[int]]:
     """Ids `[rows, length]` or `[length]`, as a tensor, array or lists → one list a row."""
     rows = _listed(ids)
     rows = [rows] if isinstance(rows, list) and rows and isinstance(rows[0], int) else rows
-    are_rows = isinstance(rows, list) and all(isinstance(row, list) for row in rows)
-    if not are_rows or not all(isinstance(index, int) for row in rows for index in row):
+    if not isinstance(rows, list) or not all(isinstance(row, list) and {*map(type, row)} <= {int} for row in rows):
         raise ValueError(f"{name}: got {type(ids).__name__}; expected token ids [rows, length] or lists of them.")
     return rows
 

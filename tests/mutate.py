@@ -1,6 +1,6 @@
 """Mutation testing: changes a file in hundreds of small ways, and asks of each whether the tests notice.
 
-    python tests/mutate.py grounding.py tests/test_stopping.py        # a remote-code file, then pytest's arguments
+    python tests/mutate.py answers.py tests/test_stopping.py          # a remote-code file, then pytest's arguments
 
 Every mutant runs in a fork of a process that has collected the tests, so hundreds take minutes. (mutmut names modules
 by their paths, but `locateanything` is a package that conftest.py makes; cosmic-ray starts torch anew for a mutant.)
