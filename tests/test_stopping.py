@@ -91,7 +91,7 @@ FIRST = box(100, 40, 105, 300)
         (lay(*((x, 40 + x % 2, x + 5, 300) for x in ALONG)), FIRST),
         (lay(*((x, 40 + 2 * (x % 2), x + 5, 300) for x in ALONG)), None),
         (lay(*((40 + x % 2 * 50, x, 300, x + 5) for x in ALONG)), None),
-        (lay(*((x, 40, x + 5 + x % 2, 300) for x in ALONG)), None),  # every other too thick
+        (lay(*((x + 5, 40, x + 11 - x % 2, 300) for x in ALONG)), None),  # every other too thick, not the last
         (lay(*((x, 40 + x, x + 5, 300) for x in ALONG)), None),  # not alike
         (lay(*((x * x, 40, x * x + 5, 300) for x in range(10))), None),  # no equal steps
         (lay(*((x, 40, x + 5, 300) for x in (100 + (11 * i + 1) // 2 for i in range(10)))), None),  # steps 5, 6
@@ -137,6 +137,7 @@ def test_boxes_that_jitter_are_one(seed):
     around = [tuple(value + draw.choice((-3, -2, -1, 1, 2, 3)) for value in place) for _ in range(300)]
     assert cut_at([tuple(value + draw.randint(1, 3) for value in place) for _ in range(300)]) == 1
     assert cut_at(around) is not None and cut_at(around, tolerance=0) is None
+    assert cut_at([tuple(value + 3 * i for value in place) for i in range(4)]) == (1 if min(w, h) > 11 else None)
     cycle = [(x, y, x + w, y + h), (x + 99, y, x + 99 + w, y + h), (x, y + 99, x + w, y + 99 + h)]
     assert cut_at([tuple(value + draw.randint(1, 3) for value in cycle[i % 3]) for i in range(300)]) == 3
     points = [(500 + draw.randint(1, 3), 500 + draw.randint(1, 3)) for _ in range(300)]
