@@ -32,6 +32,16 @@ _TEXT_3B: dict[str, Any] = {
     "switch_token_id": 152679,
     "text_mask_token_id": 151676,
 }
+_VISION_3B: dict[str, Any] = {
+    "patch_size": 14,
+    "init_pos_emb_height": 64,
+    "init_pos_emb_width": 64,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "merge_kernel_size": (2, 2),
+}
 _ROLES_3B: dict[str, int] = {
     "image_token_index": 151665,
     "box_start_token_id": 151668,
@@ -93,9 +103,7 @@ class TokenRoles:
             raise ValueError(f"token roles without an id in the vocabulary of {text.vocab_size}: {outside}.")
         first, last = ids["coord_start"], ids["coord_end"]
         if last - first != 1000:
-            raise ValueError(
-                f"coord_start_token_id={first} … coord_end_token_id={last} must span the coordinates 0…1000."
-            )
+            raise ValueError(f"coord_start/end_token_id, {first} … {last}, must span the coordinates 0…1000.")
         others = {name: i for name, i in ids.items() if not name.startswith("coord_")}
         inside = {name: i for name, i in others.items() if first <= i <= last}
         if inside or len(set(others.values())) != len(others):
@@ -104,7 +112,7 @@ class TokenRoles:
 
 
 class MoonViTConfig(PretrainedConfig):
-    """Shape of the MoonViT vision tower (docs/checkpoint.md, "config.json").
+    """Shape of the MoonViT vision tower (docs/checkpoint.md, "config.json"), by default `_VISION_3B`.
 
     Args:
         patch_size: side of a square patch, in pixels.
@@ -115,29 +123,10 @@ class MoonViTConfig(PretrainedConfig):
     model_type = "moonvit"
     base_config_key = "vision_config"
 
-    def __init__(
-        self,
-        patch_size: int = 14,
-        init_pos_emb_height: int = 64,
-        init_pos_emb_width: int = 64,
-        num_attention_heads: int = 16,
-        num_hidden_layers: int = 27,
-        hidden_size: int = 1152,
-        intermediate_size: int = 4304,
-        merge_kernel_size: tuple[int, int] | list[int] = (2, 2),
-        **kwargs: Any,
-    ):
+    def __init__(self, **kwargs: Any):
         # The published file's vision auto_map points at another repository; this tower is defined here.
         kwargs.pop("auto_map", None)
-        super().__init__(**kwargs)
-        self.patch_size = patch_size
-        self.init_pos_emb_height = init_pos_emb_height
-        self.init_pos_emb_width = init_pos_emb_width
-        self.num_attention_heads = num_attention_heads
-        self.num_hidden_layers = num_hidden_layers
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.merge_kernel_size = list(merge_kernel_size)
+        super().__init__(**{**_VISION_3B, **kwargs})
 
 
 class LocateAnythingConfig(PretrainedConfig):

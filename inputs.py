@@ -10,13 +10,13 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList
 
-from .configuration import WINDOW, LocateAnythingConfig
+from .configuration import WINDOW, LocateAnythingConfig, TokenRoles
 from .generation import Row, RowSettings
 from .sampling import SamplingParameters
 from .vision import PATCHES_A_PASS, place_of, read_images
@@ -40,20 +40,15 @@ _WITHOUT_EFFECT: dict[str, Any] = {
 # ---- prompts
 
 
-class Prompts(NamedTuple):
-    """rows: each row's tokens without padding. slots: image slots of each row. input_ids: `[rows, L]`, padded left."""
-
-    input_ids: torch.Tensor
-    rows: list[list[int]]
-    slots: list[int]
-
-
-def read_prompts(input_ids: Any, attention_mask: Any, config: LocateAnythingConfig, pad_token_id: int) -> Prompts:
+def read_prompts(input_ids: Any, attention_mask: Any, config: LocateAnythingConfig, pad_token_id: int) -> tuple:
     """Takes a batch apart, wherever it is padded.
 
     Args:
         input_ids: `[rows, L]` long. attention_mask: `[rows, L]`, or None: then the pad tokens at a row's ends are
             padding.
+
+    Returns:
+        `input_ids` padded on the left, and each row's tokens without padding, a list of ints.
 
     Raises:
         ValueError: no rows, wrong shapes, an empty row, an id outside the vocabulary.
@@ -79,33 +74,22 @@ def read_prompts(input_ids: Any, attention_mask: Any, config: LocateAnythingConf
     if not all(rows):
         raise ValueError(f"row {rows.index([])}: attention_mask is 0 everywhere; an empty prompt has no answer.")
     left = input_ids.long().gather(1, mask.long().argsort(dim=1, stable=True))
-    return Prompts(left, rows, [row.count(config.image_token_index) for row in rows])
+    return left, rows
 
 
 # ---- settings
 
 
-class Call(NamedTuple):
-    """rows: of the answer, each prompt `sequences` (`num_return_sequences`) times. stops: end-of-sequence ids beside
-    the rules' own im_end. config: the generation config without what `rows` says, for transformers' factories.
-    """
-
-    rows: list[Row]
-    sequences: int
-    stops: frozenset[int]
-    config: GenerationConfig
-
-
 def read_call(
     model: Any,
-    prompts: Prompts,
+    prompts: list[list[int]],
     given: GenerationConfig | None,
     arguments: dict[str, Any],
     *,
     generator: Any,
     tokenizer: Any,
     logits_processor: Sequence[Any] | None,
-) -> Call:
+) -> tuple[list[Row], frozenset[int], GenerationConfig]:
     """Merges the sources of settings; the first that speaks wins: arguments, `given`, the model's generation config.
 
     `temperature` alone decides between greedy (0, the default) and sampling, as in the stock; `do_sample=True` means
@@ -117,14 +101,20 @@ def read_call(
         tokenizer: of a stock call, which asks for text; as there, `do_sample` and the model's generation config are
             not looked at then, and no row grows beyond its `model_max_length`.
 
+    Returns:
+        The rows of the answer, each prompt `num_return_sequences` times; end-of-sequence ids beside the rules' own
+        im_end; the generation config without what the rows say, for transformers' factories.
+
     Raises:
         ValueError: an unknown argument, mode or value, a list of the wrong length, a prompt at or over its limit, a
             generator of another device.
     """
     stock_call, cap = tokenizer is not None, model.config.text_config.max_position_embeddings
     cap = min(cap, getattr(tokenizer, "model_max_length", cap))  # a processor knows no length
-    count, arguments = len(prompts.rows), {name: value for name, value in arguments.items() if value is not None}
+    count, arguments = len(prompts), {name: value for name, value in arguments.items() if value is not None}
     arguments.pop("labels", None)  # of a batch for training
+    if stock_call:
+        arguments.pop("do_sample", None)
     if not arguments.pop("use_cache", True):
         raise ValueError("use_cache=False: LocateAnything's windows need the cache; leave it on.")
     if arguments.pop("n_future_tokens", WINDOW) != WINDOW:
@@ -134,37 +124,37 @@ def read_call(
     prefix_allowed_tokens_fn = arguments.pop("prefix_allowed_tokens_fn", None)
     sequences = arguments.pop("num_return_sequences", (given or model.generation_config).num_return_sequences or 1)
     check_number("num_return_sequences", sequences, whole=True, least=1)
-    sequences = int(sequences)
     config = _merged(model, given, arguments)
     # of the model's own config, only what differs from transformers' defaults speaks
     said = {} if stock_call else model.generation_config.to_diff_dict()
     said |= {} if given is None else {name: value for name, value in vars(given).items() if value is not None}
     # 4.57's default length is nobody's wish
     spoken = {name: said[name] for name in _PER_ROW if name in said and (name, said[name]) != ("max_length", 20)}
-    settings = []
-    for row in range(count):
-        own = {name: values[row] for name, values in argued.items() if values[row] is not None}
+    ends = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
+    least, least_new = config.min_length or 0, config.min_new_tokens
+    # what the rows' settings and the rules do already must not be done a second time by transformers' factories
+    config.eos_token_id = config._eos_token_tensor = config.max_new_tokens = None
+    config.min_length = config.min_new_tokens = None
+    config.do_sample, config.repetition_penalty, config.num_return_sequences = False, 1.0, 1
+    rows, device = [], place_of(model.get_input_embeddings())
+    for index, draws in enumerate(_generators(generator, count * int(sequences), device)):
+        row = index // int(sequences)
+        prompt, own = prompts[row], {name: values[row] for name, values in argued.items() if values[row] is not None}
         mode, verified = own.get("generation_mode", "hybrid"), own.get("verify_labels", False)
         if mode not in MODES:
             raise ValueError(f"generation_mode={mode!r} is unknown; expected one of {', '.join(MODES)}.")
         if not isinstance(verified, bool):
             raise ValueError(f"verify_labels={verified!r}: expected True or False.")
-        told, length = {**spoken, **own}, len(prompts.rows[row])
-        limit, sampling = _limit(told, length, cap, row), _sampling(own, told, stock_call)
-        least = max(config.min_length or 0, length + config.min_new_tokens if config.min_new_tokens else 0)
-        # the other modes accept every token by next-token decoding anyway
-        settings.append(RowSettings(mode, limit, sampling, least, verified and mode in ("hybrid", "fast")))
-
-    ends = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
-    # what the rows' settings and the rules already do must not be done a second time by transformers' factories
-    config.eos_token_id = config._eos_token_tensor = config.max_new_tokens = None
-    config.min_length = config.min_new_tokens = None
-    config.do_sample, config.repetition_penalty, config.num_return_sequences = False, 1.0, 1
-    rows, device = [], place_of(model.get_input_embeddings())
-    for index, draws in enumerate(_generators(generator, count * sequences, device)):
-        prompt, own_settings = prompts.rows[index // sequences], settings[index // sequences]
-        config.max_length = own_settings.limit
+        told = {**spoken, **own}
+        settings = RowSettings(
+            mode,
+            _limit(told, len(prompt), cap, row),
+            _sampling(own, told),
+            max(least, len(prompt) + least_new if least_new else 0),
+            verified and mode in ("hybrid", "fast"),  # the others accept every token by next-token decoding anyway
+        )
         # transformers' factory builds whatever else the config asks for, some of it by prompt length
+        config.max_length = settings.limit
         processors = model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=len(prompt),
@@ -173,9 +163,9 @@ def read_call(
             logits_processor=LogitsProcessorList(logits_processor or []),
             device=device,
         )
-        rows.append(Row(index, prompt, own_settings, processors, draws))
+        rows.append(Row(index, prompt, settings, processors, draws))
     config.max_length = None
-    return Call(rows, sequences, frozenset(ends) - {model.roles.end}, config)
+    return rows, frozenset(ends) - {TokenRoles.of(model.config).end}, config
 
 
 def _merged(model: Any, given: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
@@ -227,10 +217,8 @@ def _limit(told: dict[str, Any], length: int, cap: int, row: int) -> int:
     return limit
 
 
-def _sampling(own: dict[str, Any], told: dict[str, Any], stock_call: bool) -> SamplingParameters:
+def _sampling(own: dict[str, Any], told: dict[str, Any]) -> SamplingParameters:
     """own: what the row's arguments say. told: what they and the configs say."""
-    if stock_call and "do_sample" in own:
-        own, told = ({name: value for name, value in said.items() if name != "do_sample"} for said in (own, told))
     if own.get("do_sample") is False:
         own, told = {}, {"repetition_penalty": told.get("repetition_penalty")}
     temperature = own.get("temperature")
@@ -322,7 +310,13 @@ class PromptFeatures:
     """
 
     def __init__(
-        self, model: Any, prompts: Prompts, repeats: int, pixel_values: Any, image_grid_hws: Any, visual_features: Any
+        self,
+        model: Any,
+        prompts: list[list[int]],
+        repeats: int,
+        pixel_values: Any,
+        image_grid_hws: Any,
+        visual_features: Any,
     ):
         self.model, self.patches_a_pass = model, PATCHES_A_PASS
         self.sizes: list[tuple[int, int]] = []  # in patches; of features none is asked
@@ -334,7 +328,8 @@ class PromptFeatures:
             patches_a_token = math.prod(model.config.vision_config.merge_kernel_size)
         self.tokens = [len(image) // patches_a_token for image in self.images]
         same = first_equal(self.images, self.sizes)
-        by_prompt = [[same[image] for image in row] for row in images_by_row(prompts.slots, self.tokens)]
+        slots = [prompt.count(model.config.image_token_index) for prompt in prompts]
+        by_prompt = [[same[image] for image in row] for row in images_by_row(slots, self.tokens)]
         self.of_rows = [images for images in by_prompt for _ in range(repeats)]
         self.waiting = Counter(chain(*map(set, self.of_rows)))  # rows that have yet to enter, by image
         self.encoded: dict[int, torch.Tensor] = {}
@@ -404,13 +399,8 @@ def images_by_row(slots: list[int], tokens: list[int]) -> list[list[int]]:
             images.append(left.popleft())
             filled += tokens[images[-1]]
         if filled != count:
-            raise ValueError(
-                f"row {index} has {count} image slots, but its images give {filled} tokens; the prompt and the images "
-                "do not belong together."
-            )
+            raise ValueError(f"row {index} has {count} image slots, but its images give {filled} tokens.")
         rows.append(images)
     if left:
-        raise ValueError(
-            f"the rows have {sum(slots)} image slots, but {len(tokens)} images give {sum(tokens)} tokens."
-        )
+        raise ValueError(f"the rows have {sum(slots)} image slots, but {len(tokens)} images give {sum(tokens)}.")
     return rows

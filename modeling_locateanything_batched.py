@@ -31,21 +31,20 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 # 4.57 copies from a local folder only what the entry file itself imports: name every remote-code file here.
 from .answers import DegenerateAnswerCriteria
-from .configuration import LocateAnythingConfig, MoonViTConfig, TokenRoles
+from .configuration import LocateAnythingConfig, TokenRoles
 from .cuda_graphs import DecodeGraphs  # noqa: F401
 from .decoding import Phase  # noqa: F401
 from .generation import GenerationLoop
 from .inputs import PromptFeatures, check_number, read_call, read_prompts, rows_that_fit, side_by_side, texts_of
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, WindowAttention
 from .sampling import Sampler  # noqa: F401
-from .vision import ImageFeatures, MoonViTModel, place_of
+from .vision import ImageFeatures, MoonViTModel, of_flagged, place_of
 
 logger = logging.get_logger(__name__)
 
 # Whatever else reaches Qwen2's forward, it passes over without a word
 _TEXT_ARGUMENTS = {*inspect.signature(Qwen2ForCausalLM.forward).parameters, *TransformersKwargs.__optional_keys__}
 _TEXT_ARGUMENTS |= {"past_key_values", "cache_position", "return_dict"}  # of either line
-TEXT_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -91,15 +90,20 @@ class LocateAnythingTextForCausalLM(Qwen2ForCausalLM):
             count, tokens = int(slots.sum()), len(visual_features)
             if count != tokens:
                 raise ValueError(f"input_ids have {count} image slots, but the images give {tokens} tokens.")
-            kwargs["inputs_embeds"] = self.embed(input_ids, slots, visual_features)
+            kwargs["inputs_embeds"] = self.embed(input_ids, [visual_features], slots)
             input_ids = None
         return super().forward(input_ids, *args, **kwargs)
 
-    def embed(self, input_ids: torch.Tensor, slots: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """`[…, T]` ids → `[…, T, hidden]`, the places of `slots`, bool, filled in order from `[tokens, hidden]`."""
+    def embed(
+        self, input_ids: torch.Tensor, features: Sequence[torch.Tensor] = (), shown: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[…, T]` ids → `[…, T, hidden]`, the places of `shown`, `[…, T]` bool, filled in order from `features`,
+        `[tokens, hidden]` each."""
         embeddings = self.get_input_embeddings()(input_ids)
-        filling = features.to(embeddings.device, embeddings.dtype)
-        return embeddings.masked_scatter(slots.to(embeddings.device).unsqueeze(-1), filling)
+        if shown is None or not features:
+            return embeddings
+        filling = torch.cat([*features]).to(embeddings.device, embeddings.dtype)
+        return embeddings.masked_scatter(shown.to(embeddings.device).unsqueeze(-1), filling)
 
 
 class LocateAnythingPreTrainedModel(PreTrainedModel):
@@ -121,8 +125,7 @@ class LocateAnythingPreTrainedModel(PreTrainedModel):
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: pickle can run any code and is never loaded; leave it out.")
-        own: Any = super()
-        model, info = own.from_pretrained(*args, output_loading_info=True, **{**kwargs, "use_safetensors": True})
+        model, info = super().from_pretrained(*args, output_loading_info=True, **{**kwargs, "use_safetensors": True})
         told = getattr(model.config, "quantization_config", None)
         if isinstance(told, dict) and not AutoHfQuantizer.supports_quant_method(told):
             raise ValueError(f"quantization_config is {told}, a method that transformers lacks.")
@@ -185,10 +188,6 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property
-    def roles(self) -> TokenRoles:
-        return TokenRoles.of(self.config)
-
-    @property
     def pad_token_id(self) -> int:
         pad = getattr(self.config, "pad_token_id", None)  # the stock's config names none
         return self.config.text_config.bos_token_id if pad is None else pad
@@ -215,7 +214,8 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
 
     def wrap_llm_lora(self, **options: Any) -> None:
         """Puts peft's adapters on the language model, as the stock's scripts ask. options: of `LoraConfig`."""
-        told = {"task_type": "CAUSAL_LM", "target_modules": [*TEXT_LINEARS], **options}
+        linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        told = {"task_type": "CAUSAL_LM", "target_modules": linears, **options}
         self.language_model = _with_lora(self.language_model, told)
         self.language_model.enable_input_require_grads()
         inside = "language_model.base_model.model"
@@ -228,13 +228,9 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
         """The same on the vision tower: as in the stock, on `mlp.fc1` of its blocks unless `target_modules` tells."""
         self.vision_model = _with_lora(self.vision_model, {"target_modules": ["mlp.fc1"], **options})
 
-    def embed_prompt(
-        self, input_ids: torch.Tensor, features: Sequence[torch.Tensor], shown: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`[T]` ids → `[T, hidden]`, the places of `shown`, `[T]` bool, filled in order from `features`."""
-        if shown is None or not features:
-            return self.get_input_embeddings()(input_ids)
-        return self.text_model.embed(input_ids, shown, torch.cat([*features]))
+    def embed_prompt(self, *args: Any) -> torch.Tensor:
+        """`LocateAnythingTextForCausalLM.embed`."""
+        return self.text_model.embed(*args)
 
     def forward(
         self,
@@ -254,17 +250,25 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
         """One causal pass, as any transformers image-text model: `input_ids` `[B, L]`, images in slot order.
 
         Args:
-            pixel_values, image_grid_hws, visual_features, image_flags: see `image_tokens`.
+            pixel_values, image_grid_hws: see `extract_feature`; visual_features: its result, instead of both.
+            image_flags: per row how many images it shows, as the stock's collator gives it; 0 for a row with one
+                image that stands for none and is passed over. None: every image counts.
             labels: `[B, L]` long, -100 where no loss is wanted. They train next tokens: the windows of the other
                 modes share the weights and unlearn by this loss alone.
             kwargs: those of Qwen2ForCausalLM.
 
         Raises:
-            ValueError: images that do not fill the image slots of `input_ids` exactly, or a keyword that Qwen2 lacks.
+            ValueError: images that do not fill the image slots of `input_ids` exactly, flags for another number of
+                images, or a keyword that Qwen2 lacks.
         """
         if input_ids is not None and inputs_embeds is None:
-            features = self.image_tokens(pixel_values, image_grid_hws, visual_features, image_flags)
-            kwargs.update(visual_features=features, image_token_index=self.image_token_index)
+            if visual_features is None:
+                visual_features = self.extract_feature(pixel_values, image_grid_hws)
+            features = self.project(visual_features)
+            if image_flags is not None:
+                features = of_flagged(features, image_flags)
+            kwargs["visual_features"] = torch.cat(features) if features else torch.empty(0)
+            kwargs["image_token_index"] = self.image_token_index
         elif pixel_values is not None or visual_features is not None:
             raise ValueError("images fill slots of input_ids; inputs_embeds show theirs already, so leave images out.")
         return self.language_model(
@@ -292,7 +296,7 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
             options: see `DegenerateAnswerCriteria`; for transformers' own generate also `prompt_length`, the tokens
                 of `input_ids` that are not the answer.
         """
-        return DegenerateAnswerCriteria(self.roles, **options)
+        return DegenerateAnswerCriteria(TokenRoles.of(self.config), **options)
 
 
 def _with_lora(model: nn.Module, options: dict[str, Any]) -> Any:
@@ -323,8 +327,6 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[N, hidden]` → `[N, vocabulary]` float32."""
         return self.get_output_embeddings()(hidden_states).float()
-
-    # ---- generate
 
     @torch.no_grad()
     def generate(
@@ -375,15 +377,14 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             max_batch_rows: rows decoded at a time, 32 by default, or on CUDA as many as half of the free memory holds;
                 the others wait for a place.
             decode_graphs: capture decode steps as CUDA graphs; by default where the model is on one CUDA device.
-            tokenizer: given, the answer is text, as the stock's generate returns it (docs/stock-behaviour.md §6), with
-                `verbose` also its history and statistics; but with `stop_strings`, which need a tokenizer too, the
-                result is that of transformers.
+            tokenizer, verbose: given, the answer is text, as the stock's generate returns it (docs/stock-behaviour.md
+                §6); but with `stop_strings`, which need a tokenizer too, only with `verbose=True`.
 
         Returns:
             Without `tokenizer`: `[rows, L + new]` long, prompts padded on the left, answers with the pad token behind
             them, or a `LocateAnythingGenerateOutput` with `return_dict_in_generate=True`. An MTP step may pass the
             limit by up to five tokens; they stay, as in the stock. A row whose numbers are no longer finite ends
-            there, and `row_errors`, or without the dict a warning, says so; other rows go on.
+            there, as `row_errors` says, or a warning without the dict; other rows go on.
             With `tokenizer`: the text of one row, or a list of texts; with `verbose=True` (text, history, statistics),
             history being the (mode, text) of each forward.
 
@@ -399,8 +400,10 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             check_number("max_batch_rows", max_batch_rows, whole=True, least=1)
         # transformers' own stop_strings come with a tokenizer too, and with its contract
         as_text = tokenizer is not None and (verbose or kwargs.get("stop_strings") is None)
-        prompts = read_prompts(input_ids if inputs is None else inputs, attention_mask, self.config, self.pad_token_id)
-        call = read_call(
+        padded, prompts = read_prompts(
+            input_ids if inputs is None else inputs, attention_mask, self.config, self.pad_token_id
+        )
+        rows, stops, config = read_call(
             self,
             prompts,
             generation_config,
@@ -409,35 +412,33 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             tokenizer=tokenizer if as_text else None,
             logits_processor=logits_processor,
         )
-        if streamer is not None and len(call.rows) > 1:
-            raise ValueError(f"streamer= follows one row; got {len(call.rows)}.")
-        features = PromptFeatures(self, prompts, call.sequences, pixel_values, image_grid_hws, visual_features)
-        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if streamer is not None and len(rows) > 1:
+            raise ValueError(f"streamer= follows one row; got {len(rows)}.")
+        repeats, criteria = len(rows) // len(prompts), StoppingCriteriaList(stopping_criteria or [])
         device = place_of(self.get_input_embeddings())
         # accelerate's hooks move tensors about, which cannot be captured
         capturable = device.type == "cuda" and not any(hasattr(module, "_hf_hook") for module in self.modules())
-        rows = GenerationLoop(
+        GenerationLoop(
             self,
-            features,
-            call.rows,
-            self.roles,
-            slots=int(max_batch_rows or 0) or rows_that_fit(self, max(row.room for row in call.rows), device),
-            stops=call.stops,
-            criteria=self._get_stopping_criteria(call.config, criteria, tokenizer),
+            PromptFeatures(self, prompts, repeats, pixel_values, image_grid_hws, visual_features),
+            rows,
+            TokenRoles.of(self.config),
+            slots=int(max_batch_rows or 0) or rows_that_fit(self, max(row.room for row in rows), device),
+            stops=stops,
+            criteria=self._get_stopping_criteria(config, criteria, tokenizer),
             streamer=streamer,
             generator=generator if isinstance(generator, torch.Generator) else None,
             device=device,
             graphs=capturable and decode_graphs is not False,
         ).run()
-        as_dict = call.config.return_dict_in_generate and not as_text
-        errors = [row.error for row in rows]
+        errors, as_dict = [row.error for row in rows], config.return_dict_in_generate and not as_text
         if any(errors) and not as_dict:
             logger.warning("generate() ended rows early. " + "; ".join(filter(None, errors)))
         if as_text:
             return texts_of(rows, tokenizer, time.perf_counter() - started if verbose else None)
-        place = prompts.input_ids.device
-        answers = side_by_side([row.answer for row in rows], call.config.pad_token_id, torch.long, place)
-        sequences = torch.cat([prompts.input_ids.repeat_interleave(call.sequences, 0), answers], 1)
+        place = padded.device
+        answers = side_by_side([row.answer for row in rows], config.pad_token_id, torch.long, place)
+        sequences = torch.cat([padded.repeat_interleave(repeats, 0), answers], 1)
         if not as_dict:
             return sequences
         output = LocateAnythingGenerateOutput(
@@ -446,17 +447,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             finish_reasons=[row.finish_reason for row in rows],
             row_errors=errors,
         )
-        if call.config.output_scores:
-            output.token_log_probs = side_by_side([row.scores for row in rows], float("nan"), torch.float32, place)
+        if config.output_scores:
+            output.token_log_probs = side_by_side([row.scores for row in rows], math.nan, torch.float32, place)
             output.accepted_by = side_by_side([row.phases for row in rows], -1, torch.long, place)
         return output
-
-
-__all__ = [
-    "LocateAnythingBatchedForConditionalGeneration",
-    "LocateAnythingConfig",
-    "LocateAnythingForConditionalGeneration",
-    "LocateAnythingGenerateOutput",
-    "LocateAnythingPreTrainedModel",
-    "MoonViTConfig",
-]

@@ -8,7 +8,7 @@ Parameter names and shapes are the official checkpoint's (docs/checkpoint.md, "T
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -114,7 +114,15 @@ class MoonViTBlock(GradientCheckpointingLayer):
         functions = {"sdpa": F.scaled_dot_product_attention, "eager": eager_attention}
         if implementation not in functions:
             raise ValueError(f"attn_implementation={implementation!r}: MoonViT has sdpa, eager and flash kernels.")
-        return attend_by_image(query, key, value, lengths, functions[implementation]).flatten(1)
+        # one 4-D call per run of equally long images: memory linear in patches
+        attended, start = torch.empty_like(query), 0
+        for length, run in groupby(lengths):
+            images = len(list(run))
+            span = slice(start, start + images * length)
+            q, k, v = (x[span].unflatten(0, (images, length)).transpose(1, 2) for x in (query, key, value))
+            attended[span] = functions[implementation](q, k, v).transpose(1, 2).flatten(0, 1)
+            start = span.stop
+        return attended.flatten(1)
 
     def flash_attend(self, query, key, value, lengths: list[int]) -> torch.Tensor:
         """Every image in one varlen call of the flash kernel that transformers found."""
@@ -132,18 +140,6 @@ class MoonViTBlock(GradientCheckpointingLayer):
             is_causal=False,
         )
         return output.squeeze(0)
-
-
-def attend_by_image(query, key, value, lengths: list[int], attend: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """q, k, v: `[patches, heads, D]`. One 4-D call per run of equally long images: memory linear in patches."""
-    output, start = torch.empty_like(query), 0
-    for length, run in groupby(lengths):
-        images = len(list(run))
-        span = slice(start, start + images * length)
-        q, k, v = (x[span].unflatten(0, (images, length)).transpose(1, 2) for x in (query, key, value))
-        output[span] = attend(q, k, v).transpose(1, 2).flatten(0, 1)
-        start = span.stop
-    return output
 
 
 def eager_attention(query, key, value) -> torch.Tensor:
@@ -260,37 +256,11 @@ class ImageFeatures:
         """Per image `[tokens, hidden]`, ready for the decoder's image slots."""
         return self.project(self.extract_feature(pixel_values, image_grid_hws))
 
-    def image_tokens(
-        self, pixel_values: Any, image_grid_hws: Any, visual_features: Any, image_flags: Any = None
-    ) -> torch.Tensor:
-        """`[tokens, hidden]` of all images, in order, ready for the decoder's image slots.
-
-        Args:
-            pixel_values, image_grid_hws: see `extract_feature`; visual_features: its result, instead of both.
-            image_flags: per row how many images it shows, as the stock's collator gives it; 0 for a row with one
-                image that stands for none and is passed over. None: every image counts.
-
-        Raises:
-            ValueError: flags for another number of images.
-        """
-        if visual_features is None:
-            visual_features = self.extract_feature(pixel_values, image_grid_hws)
-        features = self.project(visual_features)
-        if image_flags is not None:
-            flags = torch.as_tensor(image_flags).flatten().tolist()
-            counts = [bool(flag) for flag in flags for _ in range(flag or 1)]
-            if len(counts) != len(features):
-                raise ValueError(f"image_flags {flags} tell of {len(counts)} images; there are {len(features)}.")
-            # what is passed over stays in the graph, empty: every process then has the same gradients to share
-            features = [feature if counts[place] else feature[:0] for place, feature in enumerate(features)]
-        return torch.cat(features) if features else torch.empty(0, self.config.text_config.hidden_size)
-
     # ---- transformers' own generate
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature says what generate may be given
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        own: Any = super()
-        inputs = own.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         fed = inputs.get("input_ids")
         if fed is not None and not (fed == self.image_token_index).any():
             # the images are in the cache already
@@ -301,8 +271,17 @@ class ImageFeatures:
     def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
         if expand_size > 1:  # transformers would repeat each patch, not each picture
             raise ValueError(f"{expand_size} answers or beams a row: only one is given; repeat the row.")
-        own: Any = super()
-        return own._expand_inputs_for_generation(**kwargs)
+        return super()._expand_inputs_for_generation(**kwargs)  # type: ignore[misc]
+
+
+def of_flagged(features: list[torch.Tensor], image_flags: Any) -> list[torch.Tensor]:
+    """Features of images, without those of images that stand for none: `image_flags` as of the model's forward."""
+    flags = torch.as_tensor(image_flags).flatten().tolist()
+    counts = [bool(flag) for flag in flags for _ in range(flag or 1)]
+    if len(counts) != len(features):
+        raise ValueError(f"image_flags {flags} tell of {len(counts)} images; there are {len(features)}.")
+    # what is passed over stays in the graph, empty: every process then has the same gradients to share
+    return [image if counted else image[:0] for image, counted in zip(features, counts, strict=True)]
 
 
 def read_images(pixel_values: Any, image_grid_hws: Any) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
