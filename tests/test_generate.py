@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import BatchFeature, GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
+from transformers import BatchFeature, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.utils import ModelOutput
 
 from tests.conftest import Batch, cases_of, draws_as_recorded, pixels_of, recorded_cases, tokenizer_of
@@ -348,16 +348,6 @@ def test_a_processor_sees_each_rows_committed_tokens():
         assert any(ids[0] == row[: len(ids[0])] for row in whole), "padding or another row's tokens"
 
 
-def test_a_processor_changes_what_is_chosen(batch):
-    class Forbid(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            scores[:, batch.model.config.ref_start_token_id] = -float("inf")
-            return scores
-
-    output = batch.model.generate(**batch.inputs, logits_processor=[Forbid()], max_new_tokens=20)
-    assert batch.model.config.ref_start_token_id not in output[:, batch.input_ids.shape[1] :]
-
-
 class StopAfter(StoppingCriteria):
     def __init__(self, token):
         self.token, self.lengths = token, []
@@ -412,12 +402,6 @@ def test_a_streamer_follows_one_row(lone, batch):
     assert lone.answers(output) == lone.expected()
     with pytest.raises(ValueError, match="one row; got 4"):
         batch.model.generate(**batch.inputs, streamer=listener)
-
-
-def test_transformers_text_streamer(lone, capsys):
-    streamer = TextStreamer(tokenizer_of("shapes"), skip_prompt=True)
-    lone.model.generate(**lone.inputs, generation_mode="slow", streamer=streamer)
-    assert capsys.readouterr().out.strip() == lone.cases[0]["output"]
 
 
 # ---- errors, before anything heavy
