@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """The checkpoint's shape and its token roles: data only."""
 
 from __future__ import annotations
@@ -186,6 +185,3 @@ def _with_rope_theta(text_config: dict[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"text_config lacks {', '.join(missing)}: not a LocateAnything checkpoint.")
     return told
-
-
-__all__ = ["WINDOW", "LocateAnythingConfig", "MoonViTConfig", "TokenRoles"]

@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """CUDA graphs of the decode step: one launch for what are a thousand, captured at first use of a shape.
 
 A step reads its state and the cache from buffers that stay where they are, so a graph needs no inputs. A step runs in

@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """Pure decoding rules: logits → probabilities → six tokens → accepted tokens and the row's next phase.
 
 No model, no loop, no state. Every rule is vectorised over rows and copies nothing between host and device. Sections

@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """The generation loop: rows enter slots, take steps together, leave when they finish.
 
 A step: schedule (rows enter and leave, their state goes to the device in one copy), forward (one pass of the decoder

@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """Pictures in any form → RGB → patches (docs/checkpoint.md, "Image preprocessing")."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """The KV cache: one slot per row, written in place; what a forward pass sees of it, and what rows share.
 
 A forward pass is packed: its T tokens of all rows lie side by side, `[1, T, hidden]`, and nothing is padding. A

@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """Ground pictures: find what the queries describe, print a table, write JSON and the pictures with boxes drawn.
 
 `python locate.py` runs a demo; `python locate.py street.jpg --query "red car" --model nvidia/LocateAnything-3B` is

@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """Put an official LocateAnything checkpoint and this project's code together: a folder, a repository, a pull request.
 
 `python upload_to_hub.py --help` names the ways; `hub/` holds what they do.

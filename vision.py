@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """MoonViT: patches of many images in one pass, packed; attention inside each image, never a dense mask.
 
 Parameter names and shapes are the official checkpoint's (docs/checkpoint.md, "Tensors" and "Vision tower").
@@ -110,7 +109,14 @@ class MoonViTBlock(GradientCheckpointingLayer):
         value = heads[:, 2]
         implementation = self.config._attn_implementation or "sdpa"
         if "flash" in implementation:
-            return self.flash_attend(query, key, value, lengths).flatten(1)
+            # every image in one varlen call of the flash kernel that transformers found
+            ends = torch.tensor([0, *lengths], device=query.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            bounds = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends)
+            longest = dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+            flash = ALL_ATTENTION_FUNCTIONS[implementation]
+            attended, _ = flash(self, q, k, v, None, scaling=self.head_dim**-0.5, is_causal=False, **bounds, **longest)
+            return attended.squeeze(0).flatten(1)
         functions = {"sdpa": F.scaled_dot_product_attention, "eager": eager_attention}
         if implementation not in functions:
             raise ValueError(f"attn_implementation={implementation!r}: MoonViT has sdpa, eager and flash kernels.")
@@ -123,23 +129,6 @@ class MoonViTBlock(GradientCheckpointingLayer):
             attended[span] = functions[implementation](q, k, v).transpose(1, 2).flatten(0, 1)
             start = span.stop
         return attended.flatten(1)
-
-    def flash_attend(self, query, key, value, lengths: list[int]) -> torch.Tensor:
-        """Every image in one varlen call of the flash kernel that transformers found."""
-        ends = torch.tensor([0, *lengths], device=query.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        output, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-            self,
-            *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
-            attention_mask=None,
-            dropout=0.0,
-            scaling=self.head_dim**-0.5,
-            cu_seq_lens_q=ends,
-            cu_seq_lens_k=ends,
-            max_length_q=max(lengths),
-            max_length_k=max(lengths),
-            is_causal=False,
-        )
-        return output.squeeze(0)
 
 
 def eager_attention(query, key, value) -> torch.Tensor:

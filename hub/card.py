@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """What a repository says of itself: model cards, the pull request's description, the lines that load it."""
 
 import re

@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """A checkpoint and this project's code -> one commit on the hub: a repository of one's own, or a pull request.
 
 `create_commit` leaves out what is there already and sends large files before the commit, which comes last: an

@@ -1,5 +1,4 @@
-# Copyright 2026 The LocateAnything-batched authors.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """Batched `generate` for a LocateAnything model that is loaded already, from its own remote code.
 
     sys.path.append("/some/where/locateanything-batched/patch")  # one module, so nothing gets in the way of yours
