@@ -23,8 +23,8 @@ from .vision import PATCHES_A_PASS, place_of, read_images
 MODES = ("hybrid", "fast", "slow", "verified")
 ROWS_A_STEP = 32  # beyond, arithmetic takes all the time that memory traffic saves
 DEFAULT_NEW_TOKENS = 2048  # docs/stock-behaviour.md §6
-_PER_ROW = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_length")
-_OWN_PER_ROW = ("generation_mode", "verify_labels")  # no generation config says these
+_PER_ROW: tuple[str, ...] = ("temperature", "top_p", "top_k", "repetition_penalty", "do_sample", "max_new_tokens")
+_PER_ROW += ("max_length", "generation_mode", "verify_labels")
 # transformers' options for other ways of decoding, which would have no effect here, and what of them means "off"
 _WITHOUT_EFFECT: dict[str, Any] = {
     **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "dola_layers")),
@@ -72,8 +72,7 @@ def read_prompts(input_ids: Any, attention_mask: Any, config: LocateAnythingConf
     rows = [ids[kept].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
     if not all(rows):
         raise ValueError(f"row {rows.index([])}: attention_mask is 0 everywhere; an empty prompt has no answer.")
-    left = input_ids.long().gather(1, mask.long().argsort(dim=1, stable=True))
-    return left, rows
+    return input_ids.long().gather(1, mask.long().argsort(dim=1, stable=True)), rows
 
 
 # ---- settings
@@ -95,8 +94,8 @@ def read_call(
     temperature 1.0 unless told, and `do_sample=False` greedy.
 
     Args:
-        arguments: `generate`'s for the rows, and those that are transformers' own; those of `_PER_ROW` and
-            `_OWN_PER_ROW` may be a list with one value per row, None where none is given.
+        arguments: `generate`'s for the rows, and those that are transformers' own; those of `_PER_ROW` may be a list
+            with one value per row, None where none is given.
         tokenizer: of a stock call, which asks for text; as there, `do_sample` and the model's generation config are
             not looked at then, and no row grows beyond its `model_max_length`.
 
@@ -118,8 +117,7 @@ def read_call(
         raise ValueError("use_cache=False: LocateAnything's windows need the cache; leave it on.")
     if arguments.pop("n_future_tokens", WINDOW) != WINDOW:
         raise ValueError(f"n_future_tokens: this model predicts {WINDOW} tokens at a time.")
-    per_row = [name for name in (*_PER_ROW, *_OWN_PER_ROW) if name in arguments]
-    argued = {name: _per_row(name, arguments.pop(name), count) for name in per_row}
+    argued = {name: _per_row(name, arguments.pop(name), count) for name in _PER_ROW if name in arguments}
     prefix_allowed_tokens_fn = arguments.pop("prefix_allowed_tokens_fn", None)
     sequences = arguments.pop("num_return_sequences", (given or model.generation_config).num_return_sequences or 1)
     check_number("num_return_sequences", sequences, whole=True, least=1)

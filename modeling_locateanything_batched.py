@@ -399,9 +399,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             check_number("max_batch_rows", max_batch_rows, whole=True, least=1)
         # transformers' own stop_strings come with a tokenizer too, and with its contract
         as_text = tokenizer is not None and (verbose or kwargs.get("stop_strings") is None)
-        padded, prompts = read_prompts(
-            input_ids if inputs is None else inputs, attention_mask, self.config, self.pad_token_id
-        )
+        input_ids = input_ids if inputs is None else inputs
+        padded, prompts = read_prompts(input_ids, attention_mask, self.config, self.pad_token_id)
         rows, stops, config = read_call(
             self,
             prompts,
