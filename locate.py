@@ -43,6 +43,8 @@ Box = tuple[float, float, float, float]
 
 MIN_SIDE = 320  # smaller pictures are enlarged before drawing, so that labels can be read
 MAX_ENLARGED_SIDE = 4096
+# What the table says of an answer that is not whole
+CUT = {"limit": "cut off at --max-new-tokens", "error": "broken off by an error"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Picture:
     image: Image.Image
     size: tuple[int, int]
     rows: list[dict[str, Any]] = field(default_factory=list)
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ class Locator:
             keep_repetitions: let answers that go round in circles run to their limit.
 
         Returns:
-            For each row its `text` and its list of `detections`.
+            For each row its `text`, its `finish_reason` and `error` (of generate's `row_errors`), and its list of
+            `detections`.
 
         Raises:
             ModelError: the model cannot be loaded.
@@ -207,8 +211,8 @@ class Locator:
         texts = self.processor.batch_decode(answers, skip_special_tokens=False)
         end = self.processor.tokenizer.eos_token
         return [
-            {"text": text.split(end)[0], "detections": _detections(row)}
-            for text, row in zip(texts, found, strict=True)
+            {"text": text.split(end)[0], "finish_reason": reason, "error": error, "detections": _detections(row)}
+            for text, reason, error, row in zip(texts, output.finish_reasons, output.row_errors, found, strict=True)
         ]
 
 
@@ -289,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments, those of the process by default.
 
     Returns:
-        The exit code: 0, or 1 if a picture or the model could not be used.
+        The exit code: 0, or 1 if a picture or the model could not be used, or an error ended an answer or the run.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -314,14 +318,18 @@ def main(argv: list[str] | None = None) -> int:
     errors: list[dict[str, str]] = []
     pictures: list[Picture] = []
     rows = _rows(_read(sources, names, locator, errors), queries, locator, args.task, pictures)
+    import torch  # here and not above, for --help and usage errors
+
     try:
-        _answer(rows, locator, args, len(sources) * len(queries))
-    except (ModelError, OSError, ValueError) as error:
+        _answer(rows, locator, args, len(sources) * len(queries), errors)
+        if not pictures:
+            raise ValueError("no image could be used")
+    except (ModelError, OSError, ValueError, torch.OutOfMemoryError) as error:
         _complain(str(error))
-        return 1
-    if not pictures:
-        _complain("no image could be used")
-        return 1
+        errors.append({"error": str(error)})
+        pictures = [picture for picture in pictures if picture.rows]
+        if not pictures:
+            return 1
     results = {
         "model": locator.name,
         "task": args.task,
@@ -332,13 +340,17 @@ def main(argv: list[str] | None = None) -> int:
         "images": [_as_json(picture) for picture in pictures],
         "errors": errors,
     }
-    _write(args.out / "results.json", (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
     print(table(pictures))
-    count = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    try:
+        _write(args.out / "results.json", (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        _complain(str(error))
+        return 1
+    drawn = sum(picture.drawn for picture in pictures)
+    count = "1 picture" if drawn == 1 else f"{drawn} pictures"
     print(f"\n{count} and results.json in {args.out}")
-    if errors:
-        bad = ", ".join(error["image"] for error in errors)
-        _complain(f"{len(errors)} of {len(sources)} images could not be used: {bad}")
+    if bad := [error["image"] for error in errors if error.keys() == {"image", "error"}]:
+        _complain(f"{len(bad)} of {len(sources)} images could not be used: {', '.join(bad)}")
     return 1 if errors else 0
 
 
@@ -347,12 +359,13 @@ def table(pictures: Sequence[Picture]) -> str:
     lines = [["image", "query", "label", "score", "pixels"]]
     for picture in pictures:
         for row in picture.rows:
-            if not row["detections"]:
-                lines.append([picture.source, row["query"], "-", "", "nothing found"])
             for found in row["detections"]:
                 numbers = ", ".join(f"{value:.1f}" for value in found.at)
                 score = "" if found.score is None else f"{found.score:.2f}"
                 lines.append([picture.source, row["query"], found.label, score, f"{found.kind} {numbers}"])
+            cut = CUT.get(row["finish_reason"])
+            if cut or not row["detections"]:
+                lines.append([picture.source, row["query"], "-", "", cut or "nothing found"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     aligned = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -403,7 +416,9 @@ def _share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 to 1")
 
 
-def _answer(rows: Iterator[Row], locator: Locator, args: argparse.Namespace, total: int) -> None:
+def _answer(
+    rows: Iterator[Row], locator: Locator, args: argparse.Namespace, total: int, errors: list[dict[str, str]]
+) -> None:
     """Ask the rows in batches, and write each picture as soon as its last row is answered."""
     colours: dict[str, Colour] = {}
     # Delayed past the model's own loading bar
@@ -420,10 +435,15 @@ def _answer(rows: Iterator[Row], locator: Locator, args: argparse.Namespace, tot
             )
             for row, answer in zip(batch, answers, strict=True):
                 picture = row.picture
+                if (error := answer.pop("error")) is not None:
+                    error = error.partition(": ")[2]  # without the row's number in its batch
+                    _complain(f"{picture.source}, query {row.query!r}: {error}")
+                    errors.append({"image": picture.source, "query": row.query, "error": error})
                 picture.rows.append({"query": row.query, "question": row.question, **answer})
                 if row.is_last:
                     everything = [found for done in picture.rows for found in done["detections"]]
                     _write_picture(args.out / picture.file_name, draw(picture.image, everything, colours))
+                    picture.drawn = True
                     # Many large pictures would not fit in memory at once
                     picture.image.close()
             bar.update(len(batch))
@@ -508,7 +528,8 @@ def _detections(row: dict[str, Any]) -> list[Detection]:
 def _as_json(picture: Picture) -> dict[str, Any]:
     rows = [{**row, "detections": list(map(_detection_as_json, row["detections"]))} for row in picture.rows]
     width, height = picture.size
-    return {"image": picture.source, "width": width, "height": height, "picture": picture.file_name, "answers": rows}
+    drawn = picture.file_name if picture.drawn else None
+    return {"image": picture.source, "width": width, "height": height, "picture": drawn, "answers": rows}
 
 
 def _detection_as_json(found: Detection) -> dict[str, Any]:

@@ -176,6 +176,10 @@ def check_target(base: str | os.PathLike[str], local_dir: str | os.PathLike[str]
             raise HubError(f"local_dir: {local_dir} is not empty; --overwrite (overwrite=True) replaces it")
         if not (target / "config.json").is_file() or PROJECT.is_relative_to(target):
             raise HubError(f"local_dir: {local_dir} is no model folder, so it is not replaced; empty it yourself")
+        for path in source.rglob("*"):
+            kept = path.is_file() and is_kept(path.relative_to(source).as_posix())
+            if kept and path.resolve().is_relative_to(target):
+                raise HubError(f"local_dir: {local_dir} holds what {path} of the base links to; it is not replaced")
     return target
 
 

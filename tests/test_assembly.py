@@ -256,6 +256,21 @@ def test_overwrite_replaces_model_folders_only(base, target):
         assemble(base, target.parent / "file", overwrite=True)
 
 
+def test_overwrite_never_takes_the_files_that_the_base_links_to(base, target, capsys):
+    first = assemble(base, target, weights="copy")
+    second = assemble(first, target.with_name("linked"))
+    before = contents(first)
+    for options in ([], ["--dry-run"]):
+        assert main(["--base", str(second), "--local-dir", str(first), "--overwrite", *options]) == 1
+        assert f"local_dir: {first} holds" in capsys.readouterr().err
+        assert contents(first) == before and not (first / SHARDS[0]).is_symlink()
+    (second / ".notes").symlink_to(first / "README.md")  # which would not go along
+    for name in SHARDS:
+        (second / name).unlink()
+        shutil.copy(first / name, second / name)
+    assemble(second, first, overwrite=True)
+
+
 @pytest.mark.parametrize("place", [".", "inside", ".."])
 def test_base_is_never_built_over(base, place):
     before = contents(base)

@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import locate
@@ -87,6 +89,7 @@ def test_good_pictures_are_answered_as_the_stock_answers_them(detected):
     assert_answers_like_the_stock(results, TRIANGLES[0], "yellow triangle", TRIANGLES, "box")
     assert_answers_like_the_stock(results, SQUARES[0], "orange square", SQUARES, "box")
     assert [len(entry["answers"]) for entry in results["images"]] == [2, 2]
+    assert {answer["finish_reason"] for entry in results["images"] for answer in entry["answers"]} == {"end"}
 
 
 def test_bad_pictures_are_named_and_the_exit_code_says_so(detected):
@@ -118,6 +121,8 @@ def test_points_and_other_modes(tmp_path, capsys):
     # An existing folder is used again, and its files are replaced
     code, results = run(tmp_path, picture, "--query", "red circle", "--mode", "slow", "--max-new-tokens", 2)
     assert code == 0
+    assert results["images"][0]["answers"][0]["finish_reason"] == "limit"
+    assert "cut off at --max-new-tokens" in capsys.readouterr().out
     assert results["generation_mode"] == "slow"
     assert results["task"] == "detect"
     assert results["images"][0]["answers"][0]["detections"] == []
@@ -217,12 +222,85 @@ def test_drawing_fits_any_picture(size, background):
     assert len(shades) > 2
 
 
+@pytest.fixture
+def before_generate(monkeypatch):
+    """Has what the test puts in called before each batch, with the batches so far and the inputs."""
+    hooks, load = [], Locator.model.func
+
+    def loaded(locator):
+        model = load(locator)
+        generate, batches = model.generate, []
+
+        def hooked(**inputs):
+            for hook in hooks:
+                hook(len(batches), inputs)
+            batches.append(inputs)
+            return generate(**inputs)
+
+        model.generate = hooked
+        return model
+
+    model = cached_property(loaded)
+    model.__set_name__(Locator, "model")
+    monkeypatch.setattr(Locator, "model", model)
+    return hooks
+
+
+def test_a_row_that_breaks_is_told_as_such(tmp_path, before_generate, capsys):
+    def break_second_row(_batches, inputs):
+        first, second = inputs["image_grid_hws"].prod(1).tolist()
+        inputs["pixel_values"][first : first + second] = torch.nan
+
+    before_generate.append(break_second_row)
+    options = ["--query", "yellow triangle", "--query", "red circle"]
+    code, results = run(tmp_path, PICTURES / TRIANGLES[0], *options)
+    assert code == 1
+    assert_answers_like_the_stock(results, TRIANGLES[0], "yellow triangle", TRIANGLES, "box")
+    assert [answer["finish_reason"] for answer in results["images"][0]["answers"]] == ["end", "error"]
+    (error,) = results["errors"]
+    assert error["image"] == str(PICTURES / TRIANGLES[0]) and error["query"] == "red circle"
+    assert "NaN" in error["error"]
+    told = capsys.readouterr()
+    assert error["error"] in told.err and "'red circle'" in told.err and "could not be used" not in told.err
+    assert "broken off by an error" in told.out and "nothing found" not in told.out
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, OSError, ValueError, locate.ModelError])
+def test_an_error_in_the_middle_keeps_what_is_done(tmp_path, before_generate, capsys, error):
+    def fail(batches, _inputs):
+        if batches == 3:
+            raise error("it broke")
+
+    before_generate.append(fail)
+    sources = [PICTURES / name for name in (TRIANGLES[0], SQUARES[0], POINT[0])]
+    options = ["--query", "yellow triangle", "--query", "orange square", "--batch-size", 1]
+    code, results = run(tmp_path, *sources, *options)
+    assert code == 1
+    assert_answers_like_the_stock(results, TRIANGLES[0], "yellow triangle", TRIANGLES, "box")
+    assert [len(entry["answers"]) for entry in results["images"]] == [2, 1]
+    assert [entry["picture"] for entry in results["images"]] == [TRIANGLES[0], None]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [TRIANGLES[0], "results.json"]
+    assert results["errors"] == [{"error": "it broke"}]
+    told = capsys.readouterr()
+    assert "locate.py: it broke" in told.err and "\n1 picture and results.json" in told.out
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    for name in (POINT[0], "results.json"):
+        (tmp_path / name).mkdir()
+    assert main([str(PICTURES / POINT[0]), "--query", "red circle", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert "red circle" in told.out
+    picture, results = told.err.splitlines()[-2:]
+    assert POINT[0] in picture and "results.json" in results
+
+
 def test_text_task_needs_no_query(tmp_path, monkeypatch):
     asked = []
 
     def answer(_self, rows, _mode, _limit, **_options):
         asked.extend(row.question for row in rows)
-        return [{"text": "", "detections": []} for _ in rows]
+        return [{"text": "", "finish_reason": "end", "error": None, "detections": []} for _ in rows]
 
     monkeypatch.setattr(Locator, "check", lambda *_: None)
     monkeypatch.setattr(Locator, "__call__", answer)
@@ -354,13 +432,17 @@ def test_outside_of_its_environment_one_line_says_what_to_do(tmp_path, missing):
 
 def test_table_has_a_line_for_everything():
     picture = locate.Picture("p.png", "p.png", Image.new("RGB", (1, 1)), (1, 1))
+    found = [Detection("l", (1.0, 2.0, 3.0, 4.06), 0.256), Detection("m", (5.0, 6.0))]
     picture.rows = [
-        {"query": "q", "detections": [Detection("l", (1.0, 2.0, 3.0, 4.06), 0.256), Detection("m", (5.0, 6.0))]},
-        {"query": "absent", "detections": []},
+        {"query": "q", "finish_reason": "limit", "detections": found},
+        {"query": "absent", "finish_reason": "end", "detections": []},
+        {"query": "broken", "finish_reason": "error", "detections": []},
     ]
     lines = [line.split("  ") for line in table([picture]).splitlines()]
     cells = [[cell.strip() for cell in line if cell] for line in lines]
     assert cells[0] == ["image", "query", "label", "score", "pixels"]
     assert cells[2] == ["p.png", "q", "l", "0.26", "box 1.0, 2.0, 3.0, 4.1"]
     assert cells[3] == ["p.png", "q", "m", "point 5.0, 6.0"]
-    assert cells[4] == ["p.png", "absent", "-", "nothing found"]
+    assert cells[4] == ["p.png", "q", "-", "cut off at --max-new-tokens"]
+    assert cells[5] == ["p.png", "absent", "-", "nothing found"]
+    assert cells[6:] == [["p.png", "broken", "-", "broken off by an error"]]
