@@ -1,8 +1,6 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """The grammar of answers: what a token is, the one reader; the criterion for answers that go round in circles."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from itertools import pairwise

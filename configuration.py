@@ -1,8 +1,6 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """The checkpoint's shape and its token roles: data only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +76,7 @@ class TokenRoles:
     end: int
 
     @classmethod
-    def of(cls, config: Any) -> TokenRoles:
+    def of(cls, config: Any) -> "TokenRoles":
         """The roles that a config names, this class's or the stock's own.
 
         Raises:

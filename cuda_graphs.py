@@ -5,8 +5,6 @@ A step reads its state and the cache from buffers that stay where they are, so a
 the smallest of few shapes that holds it; the other slots have nothing to do.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any

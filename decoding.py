@@ -6,8 +6,6 @@ No model, no loop, no state. Every rule is vectorised over rows and copies nothi
 with the model's own windows as drafts.
 """
 
-from __future__ import annotations
-
 import functools
 from enum import IntEnum
 from typing import NamedTuple

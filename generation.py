@@ -6,8 +6,6 @@ over their pending tokens and windows), decide (the rules on its logits, and one
 join their rows). Rows differ in everything: prompt, images, mode, limit, sampling parameters, accepted tokens, finish.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field

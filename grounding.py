@@ -1,8 +1,6 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """The questions that the model was trained on; its answers to labelled boxes and points with scores."""
 
-from __future__ import annotations
-
 import math
 import re
 import unicodedata

@@ -1,8 +1,6 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """Pictures in any form → RGB → patches (docs/checkpoint.md, "Image preprocessing")."""
 
-from __future__ import annotations
-
 import base64
 import io
 import os

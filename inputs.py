@@ -1,8 +1,6 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """From `generate`'s arguments to rows, and from rows to what it returns; images are encoded on demand."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections import Counter, deque
@@ -118,7 +116,7 @@ def read_call(
     if arguments.pop("n_future_tokens", WINDOW) != WINDOW:
         raise ValueError(f"n_future_tokens: this model predicts {WINDOW} tokens at a time.")
     argued = {name: _per_row(name, arguments.pop(name), count) for name in _PER_ROW if name in arguments}
-    prefix_allowed_tokens_fn = arguments.pop("prefix_allowed_tokens_fn", None)
+    allowed = arguments.pop("prefix_allowed_tokens_fn", None)
     sequences = arguments.pop("num_return_sequences", (given or model.generation_config).num_return_sequences or 1)
     check_number("num_return_sequences", sequences, whole=True, least=1)
     config = _merged(model, given, arguments)
@@ -143,6 +141,8 @@ def read_call(
         if not isinstance(verified, bool):
             raise ValueError(f"verify_labels={verified!r}: expected True or False.")
         told = {**spoken, **own}
+        if "max_length" in own and "max_new_tokens" not in own:
+            told.pop("max_new_tokens", None)  # a config's; the argument speaks first
         settings = RowSettings(
             mode,
             _limit(told, len(prompt), cap, row),
@@ -156,7 +156,8 @@ def read_call(
             generation_config=config,
             input_ids_seq_length=len(prompt),
             encoder_input_ids=torch.tensor([prompt], device=device),
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            # a row is asked alone, so transformers would count the places of its window
+            prefix_allowed_tokens_fn=allowed and (lambda _, ids, row=index: allowed(row, ids)),
             logits_processor=LogitsProcessorList(logits_processor or []),
             device=device,
         )

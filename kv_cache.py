@@ -8,8 +8,6 @@ what of them; `WindowAttention` attends by it. Rows that ask about one picture b
 entering row's prompt is copied (`share_prefixes`), and only the rest is computed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from copy import copy
@@ -78,7 +76,7 @@ class SlotKVCache:
         self.slots, self.places = slots, round_up(capacity) + 1
         self.layers: dict[int, torch.Tensor] = {}
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, step: PrefillStep | DecodeStep):
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, step: "PrefillStep | DecodeStep"):
         """Writes `[1, kv_heads, T, head_dim]` where `step` says; returns the layer's whole keys and values."""
         if layer not in self.layers:
             self.layers[layer] = zeros((2, self.slots, key.shape[1], self.places, key.shape[3]), key)
@@ -130,7 +128,7 @@ class PrefillStep:
         self.lengths = [chunk.stop - chunk.start for chunk in chunks]
         self.bounds = torch.tensor([0, *self.lengths], device=device).cumsum(0, dtype=torch.int32)
 
-    def to(self, device: torch.device, **kwargs) -> PrefillStep:
+    def to(self, device: torch.device, **kwargs) -> "PrefillStep":
         """accelerate calls this before each layer, which may live on another device."""
         return self if device == self.slots.device else PrefillStep(self.chunks, device)
 
@@ -198,7 +196,7 @@ class DecodeStep:
         # window slots 1 … 5 hold the mask token; slot 0 repeats the token at its position
         self.masked = self.kept % width > pending
 
-    def to(self, device: torch.device, **kwargs) -> DecodeStep:
+    def to(self, device: torch.device, **kwargs) -> "DecodeStep":
         """accelerate calls this before each layer, which may live on another device."""
         if device == self.slots.device:
             return self

@@ -6,8 +6,6 @@
 answered as the stock model would answer it alone (docs/stock-behaviour.md).
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import json
@@ -423,7 +421,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             TokenRoles.of(self.config),
             slots=int(max_batch_rows or 0) or rows_that_fit(self, max(row.room for row in rows), device),
             stops=stops,
-            criteria=self._get_stopping_criteria(config, criteria, tokenizer),
+            criteria=self._get_stopping_criteria(config, criteria, getattr(tokenizer, "tokenizer", tokenizer)),
             streamer=streamer,
             generator=generator if isinstance(generator, torch.Generator) else None,
             device=device,

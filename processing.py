@@ -1,8 +1,6 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """The processor: conversations and pictures → model inputs (docs/checkpoint.md, "Prompt"); answers: grounding.py."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -124,6 +122,7 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
                 or the image token, or `<image-K>` a second time: no question can open a turn, end one or add an image.
             TypeError: a keyword that neither the processor nor the template has.
         """
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name in KEYWORDS}
         conversations, is_batch = self._conversations(conversation)
         template = CARD_TEMPLATE if chat_template is None else chat_template
         # what the template does not read is the processor's, as in transformers 5
@@ -286,11 +285,15 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
             raise ValueError(f"{name}: {error}") from error
         return loaded
 
-    def _load_clip(self, name: str, value: Any) -> Clip:
-        item = value if isinstance(value, Mapping) else {"video": value}
-        return Clip(self._load(name, item.get("video", item), load_video), item.get("fps"), item.get("timestamps"))
+    def _load_clip(self, name: str, value: Any) -> "Clip":
+        item = {**value} if isinstance(value, Mapping) else {"video": value}
+        fps, timestamps = item.pop("fps", None), item.pop("timestamps", None)
+        if "video" in item:  # which `url` and `path` are other names of
+            item["image"] = item.pop("video")
+            item.pop("url", None), item.pop("path", None)
+        return Clip(self._load(name, item, load_video), fps, timestamps)
 
-    def _expand(self, text: str, images: Images, clips: list[Clip]) -> tuple[str, list[int], Images]:
+    def _expand(self, text: str, images: Images, clips: "list[Clip]") -> tuple[str, list[int], Images]:
         """The text with its slots; where each of its characters was in `text`, and one behind; the images shown."""
         words: list[str] = []
         origin: list[int] = []

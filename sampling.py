@@ -1,8 +1,6 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """Logits → probabilities → tokens, for rows with different sampling parameters: docs/stock-behaviour.md §3."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby

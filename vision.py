@@ -4,8 +4,6 @@
 Parameter names and shapes are the official checkpoint's (docs/checkpoint.md, "Tensors" and "Vision tower").
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from itertools import accumulate, groupby

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,9 @@ def test_max_length_counts_a_rows_own_tokens():
     config = GenerationConfig(max_length=limits[1])
     one = batch.model.generate(**Batch("shapes", cases[1:]).inputs, generation_mode="slow", generation_config=config)
     assert one[0, lengths[1] :].tolist() == cases[1]["output_ids"][:9]
+    # the argument speaks before the config
+    config, told = GenerationConfig(max_new_tokens=2), {"generation_mode": "slow", "max_length": limits}
+    assert torch.equal(batch.model.generate(**batch.inputs, generation_config=config, **told), output)
 
 
 def test_eos_token_id_adds_ends(batch):
@@ -225,8 +230,11 @@ def test_other_processors_of_the_config_work(batch):
     assert banned not in output[:, batch.input_ids.shape[1] :]
     forced = batch.model.generate(**batch.inputs, generation_mode="slow", max_new_tokens=5, forced_eos_token_id=3)
     assert forced[:, -1].tolist() == [3] * 4
-    only = batch.model.generate(**batch.inputs, prefix_allowed_tokens_fn=lambda row, ids: [417], max_new_tokens=9)
-    assert only[:, batch.input_ids.shape[1] :].tolist() == [[417]] * 4
+    for mode in ("fast", "slow"):  # as transformers asks: by the row
+        told = {"generation_mode": mode, "prefix_allowed_tokens_fn": lambda row, ids: [300 + row], "max_new_tokens": 2}
+        only = batch.model.generate(**batch.inputs, **told)[:, batch.input_ids.shape[1] :].tolist()
+        pad = batch.model.config.pad_token_id
+        assert [set(row) - {pad} for row in only] == [{300 + row} for row in range(4)]
 
 
 @pytest.mark.parametrize("mode", ["fast", "slow"])
@@ -373,6 +381,9 @@ def test_stop_strings_and_max_time(batch):
     tokenizer = tokenizer_of("shapes")
     expected = [case["output"][: case["output"].index("</box>") + 6] for case in batch.cases]
     output = batch.model.generate(**batch.inputs, tokenizer=tokenizer, stop_strings=["</box>"])
+    processor = SimpleNamespace(tokenizer=tokenizer, decode=tokenizer.decode)  # has the tokenizer inside
+    told = {"tokenizer": processor, "stop_strings": ["</box>"]}
+    assert torch.equal(batch.model.generate(**batch.inputs, **told), output)
     texts = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :])
     assert [text.replace(tokenizer.pad_token, "") for text in texts] == expected
     texts, _, _ = batch.model.generate(**batch.inputs, tokenizer=tokenizer, stop_strings=["</box>"], verbose=True)

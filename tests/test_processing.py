@@ -294,6 +294,8 @@ def test_tools_and_documents_are_the_templates(processor):
     call = {"tokenize": True, "return_dict": True, "processor_kwargs": {"padding": True}}
     inputs = processor.apply_chat_template([user(image(), "Q.")], chat_template=template, **given, **call)
     assert shown(processor, inputs) == [f"find map <image 1>{A}Q."]
+    nothing = dict.fromkeys(given)  # as callers hand on what they were not given
+    assert processor.apply_chat_template(user("Q"), **nothing) == processor.apply_chat_template(user("Q"))
     for name, value in given.items():  # the card's prompt has no place for them
         with pytest.raises(TypeError, match=name):
             processor.apply_chat_template(user("Q"), **{name: value})
@@ -376,6 +378,12 @@ def test_sizes_of_items_count_in_every_call(processor):
         by_card = processor(text=[prompt], images=images, return_tensors="pt")
         given = processor(text=[prompt], images=[{"image": WIDE, **keys}], return_tensors="pt")
         assert all(torch.equal(called[key], other[key]) for key in called for other in (by_card, given))
+    for value in ([WIDE, WIDE], [np.asarray(WIDE)]):
+        video = user({"type": "video", "video": value, "max_pixels": 28 * 28 * 6, "fps": 1.0}, "Q")
+        called = processor.apply_chat_template(video, tokenize=True, return_dict=True)
+        assert called["image_grid_hws"].tolist() == [[4, 4]] * len(value)
+    with pytest.raises(ValueError, match="nframes"):
+        processor.process_vision_info(user({"type": "video", "video": [WIDE], "nframes": 3}))
     with pytest.raises(ValueError, match=r"images\[1\]\[0\]: .*min_pixel'"):
         processor.apply_chat_template([user("Q"), user({**image(), "min_pixel": 3})], tokenize=True)
     with pytest.raises(ValueError, match="resized_height"):
