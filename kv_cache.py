@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -345,14 +346,8 @@ def share_prefixes(
 
 def in_passes(chunks: list[PromptChunk], budget: int) -> Iterator[list[PromptChunk]]:
     """Chunks in groups of at most `budget` tokens to compute, one chunk at least."""
-    group: list[PromptChunk] = []
-    tokens = 0
-    for chunk in chunks:
-        new = chunk.stop - chunk.start
-        if group and tokens + new > budget:
-            yield group
-            group, tokens = [], 0
-        group.append(chunk)
-        tokens += new
-    if group:
-        yield group
+    while chunks:
+        taken = accumulate(chunk.stop - chunk.start for chunk in chunks)
+        count = max(1, sum(tokens <= budget for tokens in taken))
+        yield chunks[:count]
+        chunks = chunks[count:]
