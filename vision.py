@@ -92,8 +92,7 @@ class MoonViTBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, rotations: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """hidden_states: `[patches, hidden]`, packed; rotations: of each patch, `[patches, head_dim / 2]` complex64 of
         length 1; lengths: patches of each image, in packed order."""
-        attended = self.attend(self.wqkv(self.norm0(hidden_states)), rotations, lengths)
-        hidden_states = hidden_states + self.wo(attended)
+        hidden_states = hidden_states + self.wo(self.attend(self.wqkv(self.norm0(hidden_states)), rotations, lengths))
         return hidden_states + self.mlp(self.norm1(hidden_states))
 
     def attend(self, qkv: torch.Tensor, rotations: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -284,6 +283,8 @@ def read_images(pixel_values: Any, image_grid_hws: Any) -> tuple[list[torch.Tens
     sizes = [(int(height), int(width)) for height, width in torch.as_tensor(image_grid_hws).tolist()]
     patches = [height * width for height, width in sizes]
     if isinstance(pixel_values, (list, tuple)):
+        if [len(image) for image in pixel_values] == patches:  # one each, as `generate` keeps them: nothing to copy
+            return [torch.as_tensor(image) for image in pixel_values], sizes
         pixel_values = torch.cat([torch.as_tensor(image) for image in pixel_values])
     pixels = torch.as_tensor(pixel_values)
     if pixels.dim() != 4 or len(pixels) != sum(patches):
