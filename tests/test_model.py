@@ -184,6 +184,8 @@ def test_another_tower_is_refused_by_the_model_too():
     from transformers import Qwen3Config
 
     config = LocateAnythingConfig.from_pretrained(CHECKPOINTS["shapes"])
+    towers = {name: getattr(config, name) for name in ("vision_config", "text_config")}  # as they are, or as dicts
+    assert LocateAnythingConfig(**{**config.to_dict(), **towers}).text_config is config.text_config
     config.text_config = Qwen3Config(num_hidden_layers=1, vocab_size=1440, hidden_size=16)
     with pytest.raises(ValueError, match="'qwen3'"):
         LocateAnythingForConditionalGeneration(config)

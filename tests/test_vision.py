@@ -41,9 +41,13 @@ def test_images_are_encoded_in_passes_of_bounded_size(monkeypatch):
         forward = model.vision_model.forward
         monkeypatch.setattr(model.vision_model, "forward", lambda p, s: passes.append(len(p)) or forward(p, s))
         in_parts = model.extract_feature(patches, torch.tensor(sizes), patches_a_pass=20)
-    assert passes == [16, 16, 64]
-    for one, other in zip(at_once, in_parts, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        by_image = list(patches.split([height * width for height, width in sizes]))
+        by_row = [torch.cat(by_image[:2]), torch.cat(by_image[2:])]
+        listed = [model.extract_feature(each, torch.tensor(sizes)) for each in (by_image, by_row)]
+    assert passes[:3] == [16, 16, 64]
+    for one, *others in zip(at_once, in_parts, *listed, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
