@@ -21,6 +21,23 @@ package.__path__ = [str(ROOT)]
 sys.modules["locateanything"] = package
 sys.path.insert(0, str(ROOT))  # the scripts, imported as a user of a clone would
 
+# A configuration file as the stock's: it knows nothing of ours, and keeps all it is given.
+STOCK_CONFIGURATION = """
+from transformers import PretrainedConfig, Qwen2Config
+
+class MoonViTConfig(PretrainedConfig):
+    model_type = "moonvit"
+
+class LocateAnythingConfig(PretrainedConfig):
+    model_type = "locateanything"
+    sub_configs = {"vision_config": MoonViTConfig, "text_config": Qwen2Config}
+
+    def __init__(self, vision_config=None, text_config=None, **kwargs):
+        self.vision_config = MoonViTConfig(**(vision_config or {}))
+        self.text_config = Qwen2Config(**(text_config or {}))
+        super().__init__(**kwargs)
+"""
+
 torch.set_num_threads(1)  # the models are tiny, and the tests run side by side
 
 

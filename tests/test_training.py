@@ -20,7 +20,7 @@ from locateanything.modeling_locateanything_batched import (
     LocateAnythingBatchedForConditionalGeneration,
     LocateAnythingForConditionalGeneration,
 )
-from tests.conftest import CHECKPOINTS, Batch, cases_of
+from tests.conftest import CHECKPOINTS, STOCK_CONFIGURATION, Batch, cases_of
 
 
 def load(**kwargs) -> LocateAnythingBatchedForConditionalGeneration:
@@ -256,21 +256,6 @@ def test_lora_without_peft_names_it(monkeypatch, shapes):
         copy.copy(shapes).wrap_llm_lora(r=4)
 
 
-STOCK_CONFIG = """
-from transformers import PretrainedConfig, Qwen2Config
-
-class MoonViTConfig(PretrainedConfig):
-    model_type = "moonvit"
-
-class LocateAnythingConfig(PretrainedConfig):
-    model_type = "locateanything"
-    sub_configs = {"vision_config": MoonViTConfig, "text_config": Qwen2Config}
-    def __init__(self, vision_config=None, text_config=None, **kwargs):
-        super().__init__(**kwargs)
-        self.vision_config, self.text_config = MoonViTConfig(**vision_config or {}), Qwen2Config(**text_config or {})
-"""
-
-
 def test_the_switched_class_takes_the_stocks_config_and_batches(tmp_path):
     """As after a pull request: AutoConfig is the stock's own class, its processor pads on the right."""
     from transformers import AutoModel
@@ -278,7 +263,7 @@ def test_the_switched_class_takes_the_stocks_config_and_batches(tmp_path):
     from upload_to_hub import assemble
 
     folder = assemble(CHECKPOINTS["shapes"], tmp_path / "repository")
-    (folder / "configuration_locateanything.py").write_text(STOCK_CONFIG)
+    (folder / "configuration_locateanything.py").write_text(STOCK_CONFIGURATION)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"]["AutoConfig"] = "configuration_locateanything.LocateAnythingConfig"
     config["_attn_implementation"] = "magi"

@@ -20,29 +20,13 @@ from hub.assembly import MODEL, MODEL_ENTRIES, WEIGHTS, Base, remote_code_files
 from hub.card import MARK, VARIANTS, is_legal, model_card, pull_request_description
 from hub.errors import HubError, explain, redacted
 from hub.publishing import TITLE
-from tests.conftest import CHECKPOINTS, GOLDENS, ROOT, cases_of
+from tests.conftest import CHECKPOINTS, GOLDENS, ROOT, STOCK_CONFIGURATION, cases_of
 from tests.hub_server import READER, WRITER, Hub, Repo, git_oid, sha256
 
 BASE, OWN, CODE = "nvidia/LocateAnything-3B", "ada/own", "ada/code"
 WEIGHT = "model.safetensors"
 STOCK = tuple(f"{part}_locateanything.py" for part in ("configuration", "modeling", "processing", "image_processing"))
 CARD = "---\nlicense: other\nlicense_name: nvidia\nlicense_link: LICENSE\ntags:\n- grounding\n---\n# The base's card\n"
-# As the stock's: knows nothing of ours, and keeps all it is given
-CONFIGURATION = """
-from transformers import PretrainedConfig, Qwen2Config
-
-class MoonViTConfig(PretrainedConfig):
-    model_type = "moonvit"
-
-class LocateAnythingConfig(PretrainedConfig):
-    model_type = "locateanything"
-    sub_configs = {"vision_config": MoonViTConfig, "text_config": Qwen2Config}
-
-    def __init__(self, vision_config=None, text_config=None, **kwargs):
-        self.vision_config = MoonViTConfig(**(vision_config or {}))
-        self.text_config = Qwen2Config(**(text_config or {}))
-        super().__init__(**kwargs)
-"""
 # Runs command lines one after another: starting Python for each would be most of their time
 SHELL = """
 import contextlib, io, json, os, sys, traceback
@@ -115,7 +99,7 @@ def checkpoint(**more: bytes) -> dict[str, bytes]:
     files["config.json"] = json.dumps(config, indent=2).encode()
     files |= dict.fromkeys(STOCK, b"raise SystemExit('stock code was run')\n")
     # Of a pull request, the configuration class is the repository's own
-    files[STOCK[0]] = CONFIGURATION.encode()
+    files[STOCK[0]] = STOCK_CONFIGURATION.encode()
     return files | {"LICENSE": b"NVIDIA's", "NOTICE": b"notice", "README.md": CARD.encode()} | more
 
 
