@@ -65,17 +65,34 @@ class SlotKVCache:
     """Keys and values of rows that enter and leave slots between steps.
 
     Args:
-        slots: rows held at a time. capacity: tokens a slot has room for.
+        slots: rows held at a time. capacity: tokens a slot has room for. Both grow by `reserve`.
 
     Attributes:
         layers: per layer `[2, slots, kv_heads, places, head_dim]`, keys and values, made at the layer's first write:
             zeros, for a masked key still meets its value as 0 × value, which must not be NaN. A slot's last place, for
             cells that no row uses, lies behind all that anybody attends to.
+        version: how often the layers have moved to new addresses.
     """
 
     def __init__(self, slots: int, capacity: int):
-        self.slots, self.places = slots, round_up(capacity) + 1
+        self.slots, self.places, self.version = slots, round_up(capacity) + 1, 0
         self.layers: dict[int, torch.Tensor] = {}
+
+    def reserve(self, slots: int, places: int) -> None:
+        """Room for as many slots of as many tokens; what is held stays where it was in its slot.
+
+        What has to grow grows by a quarter at least, so that rows that come one by one rarely cause it; layer by
+        layer, so that no more than one is held twice.
+        """
+        if slots > self.slots:
+            self.slots, self.version = max(slots, self.slots * 5 // 4), self.version + 1
+        if places >= self.places:
+            self.places, self.version = round_up(max(places, self.places * 5 // 4)) + 1, self.version + 1
+        for index, held in self.layers.items():
+            shape = (2, self.slots, held.shape[2], self.places, held.shape[4])
+            if held.shape != shape:
+                self.layers[index] = zeros(shape, held)
+                self.layers[index][:, : held.shape[1], :, : held.shape[3] - 1] = held[..., :-1, :]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, step: "PrefillStep | DecodeStep"):
         """Writes `[1, kv_heads, T, head_dim]` where `step` says; returns the layer's whole keys and values."""

@@ -129,6 +129,37 @@ def test_slots_move_and_clear():
     assert cache.is_finite(0, 3) and not cache.is_finite(0, 4)
 
 
+@given(sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 400)), min_size=1, max_size=6))
+def test_a_cache_grows_and_keeps_what_it_holds(sizes):
+    cache, held = SlotKVCache(1, 1), {}
+    for number, (slots, places) in enumerate(sizes):
+        before = cache.version, cache.slots, cache.places
+        cache.reserve(slots, places)
+        grown = cache.slots > before[1] or cache.places > before[2]
+        assert cache.slots >= slots and cache.places > places and (cache.version > before[0]) == grown
+        for layer in range(2):
+            key, value = torch.randn(2, 1, 2, places, 4)
+            cache.update(key, value, layer, PrefillStep([PromptChunk(slots - 1, 0, places)], torch.device("cpu")))
+            held[layer, slots - 1] = (key[0], value[0])
+            cache.layers[layer][:, :, :, -1] = float(number)  # what cells that no row uses have written
+        for (layer, slot), (key, value) in held.items():
+            keys, values = cache.layers[layer][:, slot, :, : key.shape[1]]
+            assert torch.equal(keys, key) and torch.equal(values, value)
+    assert all(layer.shape[1] == cache.slots for layer in cache.layers.values())
+    assert cache.version <= 12, "few steps"
+
+
+def test_a_cache_that_grew_has_no_more_than_what_it_held():
+    cache = SlotKVCache(2, 10)
+    key = torch.randn(1, 1, 10, 4)
+    cache.update(key, key, 0, PrefillStep([PromptChunk(1, 0, 10)], torch.device("cpu")))
+    cache.layers[0][:, :, :, -1] = torch.nan  # that place becomes an ordinary one
+    cache.reserve(3, 100)
+    assert cache.version == 2 and cache.layers[0].isfinite().all()
+    cache.reserve(3, 100)
+    assert cache.version == 2
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_cache_on_cpu_takes_memory_as_rows_write_it(dtype):
