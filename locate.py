@@ -8,7 +8,6 @@ the usual call.
 import argparse
 import colorsys
 import contextlib
-import hashlib
 import io
 import json
 import math
@@ -18,18 +17,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 REMEDY = "It runs in the environment that `make demo` makes: source .venv/default/bin/activate"
 try:
-    from huggingface_hub.constants import HF_HOME
     from PIL import Image, ImageDraw, ImageFont
     from tqdm.auto import tqdm
 
-    from hub.assembly import assemble, open_base, remote_code_files
-    from hub.errors import HubError, explain
+    from hub.loading import ModelError, load
 except ImportError as missing:
     sys.exit(f"locate.py: {missing}. {REMEDY}")
 
@@ -82,12 +79,8 @@ class Row:
     is_last: bool
 
 
-class ModelError(RuntimeError):
-    """The model cannot be loaded."""
-
-
 class Locator:
-    """A model and its processor, each loaded when it is first needed.
+    """A model and its processor, loaded when they are first needed.
 
     Args:
         model: folder or hub id, with this project's code or the official's.
@@ -101,40 +94,16 @@ class Locator:
         self.dtype = dtype
 
     @cached_property
-    def folder(self) -> str:
-        try:
-            return loadable(self.name)
-        except Exception as error:
-            line = explain(error)
-            if line is None:
-                raise
-            raise ModelError(line) from error
-
-    @cached_property
-    def processor(self) -> Any:
-        # Here and not above: --help and usage errors need not wait for torch
-        from transformers import AutoProcessor
-
-        try:
-            return AutoProcessor.from_pretrained(self.folder, trust_remote_code=True)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model: {self.name} has no processor that loads: {error}") from error
+    def loaded(self) -> tuple[Any, Any]:
+        return load(self.name, device=self.device, dtype=self.dtype)
 
     @cached_property
     def model(self) -> Any:
-        import torch
-        from transformers import AutoModel
+        return self.loaded[0]
 
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif device == "cuda" and not torch.cuda.is_available():
-            raise ModelError("device: got 'cuda', but torch sees no CUDA device here")
-        try:
-            model = AutoModel.from_pretrained(self.folder, trust_remote_code=True, dtype=self.dtype)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model: {self.name} does not load: {error}") from error
-        return model.to(device).eval()
+    @property
+    def processor(self) -> Any:
+        return self.loaded[1]
 
     def check(self, size: tuple[int, int], name: str) -> None:
         """Refuse a picture that the vision tower has no positions for.
@@ -214,40 +183,6 @@ class Locator:
             {"text": text.split(end)[0], "finish_reason": reason, "error": error, "detections": _detections(row)}
             for text, reason, error, row in zip(texts, output.finish_reasons, output.row_errors, found, strict=True)
         ]
-
-
-def loadable(model: str) -> str:
-    """A name that `from_pretrained` loads with this project's code.
-
-    Args:
-        model: folder or hub id. One whose config.json names other code is assembled into a folder of the user's
-            Hugging Face cache, once for each state of the base and of the code.
-
-    Returns:
-        `model` itself, or the assembled folder.
-
-    Raises:
-        HubError, OSError, …: there is no such model, or it is not LocateAnything, or the hub does not give it.
-    """
-    if open_base(model, download=False).is_drop_in:
-        return model
-    base = open_base(model)
-    digest = hashlib.sha256(str(base.folder).encode())
-    for name in base.sizes:
-        state = (base.folder / name).stat()
-        digest.update(f"{name} {state.st_size} {state.st_mtime_ns}".encode())
-    for path in remote_code_files():
-        digest.update(path.read_bytes())
-    name = PurePosixPath(model.replace(os.sep, "/")).name
-    target = Path(HF_HOME) / "locateanything-batched" / f"{name}-{digest.hexdigest()[:16]}"
-    if not target.is_dir():
-        try:
-            assemble(base.folder, target)
-        except (HubError, OSError):
-            # Another process may have built the same folder meanwhile
-            if not (target / "config.json").is_file():
-                raise
-    return str(target)
 
 
 def draw(picture: Image.Image, detections: Iterable[Detection], colours: dict[str, Colour]) -> Image.Image:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+import hub.loading
 import locate
-from locate import Detection, Locator, draw, loadable, main, table
-from upload_to_hub import assemble
+from locate import Detection, Locator, draw, main, table
 
 PROJECT = Path(__file__).resolve().parent.parent
 GOLDENS = PROJECT / "tests" / "goldens" / "shapes"
@@ -48,7 +48,7 @@ def cache(tmp_path_factory):
     """Assembled folders go here and not to the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
-        patch.setattr(locate, "HF_HOME", str(folder))
+        patch.setattr(hub.loading, "HF_HOME", str(folder))
         yield folder
 
 
@@ -129,7 +129,7 @@ def test_points_and_other_modes(tmp_path, capsys):
 
 
 def test_all_pictures_bad_loads_no_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Locator, "folder", property(lambda _: pytest.fail("the model is looked for")))
+    monkeypatch.setattr(locate, "load", lambda *_, **__: pytest.fail("the model is looked for"))
     code, results = run(tmp_path / "out", tmp_path / "a.png", tmp_path / "b.png", "--query", "red circle")
     assert code == 1
     assert results is None
@@ -177,27 +177,6 @@ def test_help_is_quick_and_needs_no_clone_as_working_folder(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "--query" in done.stdout
     assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())
-
-
-def test_foreign_code_is_assembled_once_and_ours_is_loaded_as_it_is(tmp_path, cache):
-    first = loadable(str(locate.DEMO_MODEL))
-    assert Path(first).is_relative_to(cache)
-    assert loadable(str(locate.DEMO_MODEL)) == first
-    built = assemble(locate.DEMO_MODEL, tmp_path / "built")
-    assert loadable(str(built)) == str(built)
-
-
-def test_changed_base_is_assembled_anew(tmp_path):
-    base = tmp_path / "base"
-    base.mkdir()
-    for path in locate.DEMO_MODEL.iterdir():
-        (base / path.name).write_bytes(path.read_bytes())
-    first = loadable(str(base))
-    config = (base / "config.json").read_text(encoding="utf-8")
-    (base / "config.json").write_text(config.replace('"magi"', '"eager"'), encoding="utf-8")
-    second = loadable(str(base))
-    assert second != first
-    assert '"eager"' in (Path(second) / "config.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (30, 900), (84, 84), (5000, 700)])
@@ -374,7 +353,7 @@ def test_file_names_do_not_collide():
     ],
 )
 def test_no_picture_is_overwritten(tmp_path, pictures, out, capsys, monkeypatch):
-    monkeypatch.setattr(Locator, "folder", property(lambda _: pytest.fail("the model is looked for")))
+    monkeypatch.setattr(locate, "load", lambda *_, **__: pytest.fail("the model is looked for"))
     monkeypatch.setattr(locate, "_read", lambda *_: pytest.fail("pictures are read"))
     folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
     for path in (folder, elsewhere, folder / "hard", folder / "soft"):
