@@ -251,5 +251,7 @@ def test_loading_and_answering_say_nothing_and_touch_no_network_process_pickle_o
         cwd=tmp_path,
     )
     assert run.stdout.strip().endswith("SEEN []"), run.stdout + run.stderr
-    said = [line for line in run.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    # transformers imports torchao where it is installed, which tells what it lacks
+    let_be = ("Loading weights", "torchao", "_pytree.py")
+    said = [line for line in run.stderr.splitlines() if line.strip() and not any(map(line.__contains__, let_be))]
     assert not said, "loading and answering print something"
