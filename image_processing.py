@@ -9,7 +9,8 @@ import string
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from math import ceil, inf
+from hashlib import sha256
+from math import ceil, inf, prod
 from typing import Any, TypedDict
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit
@@ -33,7 +34,7 @@ SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 HARMLESS_KEYS = ("type", "text", "detail", "format", "mime_type", "media_type", "id", "uuid", "name", "cache_control")
 
 
-def load_image(source: Any, *, upright: bool = False) -> Image.Image:
+def load_image(source: Any, *, upright: bool = False, copy: bool = True) -> Image.Image:
     """Reads one picture (docs/checkpoint.md, "Image preprocessing").
 
     RGBA is composited on white, 16-bit greys keep their upper 8 bits (as PIL does with 16-bit colours), every other
@@ -48,6 +49,7 @@ def load_image(source: Any, *, upright: bool = False) -> Image.Image:
             to which the picture is resized, `resized_height` and `resized_width` a size; both in pixels, made of
             multiples of 28. `HARMLESS_KEYS`, and keys with None, say nothing.
         upright: turn the picture as its EXIF orientation says. The published processor does not.
+        copy: False where it is only read: an RGB image may come back as it is.
 
     Returns:
         A new RGB image in memory, sized as the source is if nothing else was asked for.
@@ -59,10 +61,10 @@ def load_image(source: Any, *, upright: bool = False) -> Image.Image:
     """
     if isinstance(source, Mapping):
         value, sizes = _read_item(source)
-        return _resized(load_image(value, upright=upright), sizes)
+        return _resized(load_image(value, upright=upright, copy=copy), sizes)
     several = False
     with _opened(source) as image:
-        loaded = _to_rgb(image, upright, is_ours=image is not source)
+        loaded = _to_rgb(image, upright, is_ours=not copy or image is not source)
         with suppress(Exception):  # not from a file, or from one that is closed
             # a camera's MPO has previews and a PSD has layers, which are no frames
             several = image.is_animated and image.tell() == 0 and image.format not in ("MPO", "PSD")  # type: ignore
@@ -71,14 +73,14 @@ def load_image(source: Any, *, upright: bool = False) -> Image.Image:
     return loaded
 
 
-def load_video(source: Any, *, upright: bool = False) -> list[Image.Image]:
+def load_video(source: Any, *, upright: bool = False, copy: bool = True) -> list[Image.Image]:
     """Reads a video given as frames.
 
     Args:
         source: a list or tuple of anything `load_image` takes; a file of several frames or pages (GIF, APNG, WebP,
             TIFF) in any form that it takes; or an array or tensor `[frames, H, W, C]` or `[frames, C, H, W]`, uint8,
             uint16 or floating point in 0…1, or in 0…255 with fractions dropped, as torchvision reads it.
-        upright: as for `load_image`.
+        upright, copy: as for `load_image`.
 
     Returns:
         The frames as RGB images, at least one.
@@ -88,11 +90,11 @@ def load_video(source: Any, *, upright: bool = False) -> list[Image.Image]:
     """
     if isinstance(source, Mapping):
         value, sizes = _read_item(source)
-        return [_resized(frame, sizes) for frame in load_video(value, upright=upright)]
+        return [_resized(frame, sizes) for frame in load_video(value, upright=upright, copy=copy)]
     if isinstance(source, ARRAYS):
         return [load_image(frame) for frame in _to_uint8(source, "video", dimensions=(4,), highest=255)]
     if is_list(source):
-        return _load_each(source, "video", upright)
+        return _load_each(source, "video", upright, copy)
     try:
         with _opened(source) as image:
             return ImageSequence.all_frames(image, lambda frame: _to_rgb(frame, upright))
@@ -213,20 +215,20 @@ def _read_item(item: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return value, {key: given[key] for key in SIZE_KEYS if key in given}
 
 
-def _load_each(sources: Sequence[Any], name: str, upright: bool) -> list[Image.Image]:
+def _load_each(sources: Sequence[Any], name: str, upright: bool, copy: bool = False) -> list[Image.Image]:
     if not len(sources):
         raise ValueError(f"{name}: got an empty list; expected at least one.")
     images = []
     for index, source in enumerate(sources):
         try:
-            images.append(load_image(source, upright=upright))
+            images.append(load_image(source, upright=upright, copy=copy))
         except ValueError as error:
             raise ValueError(f"{name}[{index}]: {error}") from error
     return images
 
 
 def _to_rgb(image: Image.Image, upright: bool, is_ours: bool = False) -> Image.Image:
-    """The image in RGB. `is_ours`: nobody else has it, so it need not be copied, which takes as long as decoding."""
+    """The image in RGB. `is_ours`: it need not be copied, which takes as long as decoding."""
     if 0 in image.size:
         raise ValueError(f"{image.width}×{image.height} pixels; a side of zero has no content")
     if image.format == "EPS":  # PIL would start Ghostscript on it
@@ -314,8 +316,7 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         self.upright = upright
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings. `auto_map` names the class; by `image_processor_type`, transformers 4.57 would look for a fast
-        class and torchvision first."""
+        """The settings but `image_processor_type`, by which 4.57 would look for a fast class and torchvision first."""
         return {name: value for name, value in super().to_dict().items() if name != "image_processor_type"}
 
     def preprocess(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
@@ -341,13 +342,15 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
         grids = [self.grid_of(image.height, image.width, f"images[{i}]") for i, image in enumerate(images)]
         ends = np.cumsum([rows * columns for rows, columns in grids])
         # Written in place, and by numpy, whose large arrays lie on huge pages: new memory costs more than arithmetic
-        side = self.patch_size
+        side, high = self.patch_size, self.patch_size * self.merge_kernel_size[0]
         pixel_values = np.empty((ends[-1], 3, side, side), np.float32)
-        sizes = [image.size for image in images]
+        objects = {id(image): image for image in images}
+        sizes = [image.size for image in objects.values()]
+        shown = {i: sha256(x.tobytes()).digest() if sizes.count(x.size) > 1 else b"" for i, x in objects.items()}
         done: dict[Any, np.ndarray] = {}
         mean, std = (np.array(each, np.float32).reshape(3, 1, 1) for each in (self.image_mean, self.image_std))
         for image, (rows, columns), patches in zip(images, grids, np.split(pixel_values, ends[:-1]), strict=True):
-            key = (image.size, image.tobytes() if sizes.count(image.size) > 1 else b"")
+            key = (image.size, shown[id(image)])
             if key in done:
                 patches[:] = done[key]
                 continue
@@ -355,11 +358,12 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
             for height, width in (self._shrink(image.height, image.width), (rows * side, columns * side)):
                 if image.size != (width, height):
                     image = image.resize((width, height), Image.Resampling.BICUBIC)
-            pixels = np.asarray(image).reshape(rows, side, columns, side, 3)
-            patches.reshape(rows, columns, 3, side, side)[...] = pixels.transpose(0, 2, 4, 1, 3)
-            patches /= np.float32(255)
-            patches -= mean
-            patches /= std
+            for top, part in enumerate(np.split(patches, rows * side // high)):  # small enough for the CPU's cache
+                # A line's reds, greens and blues one after the other: what a patch has of them is moved whole
+                strip = image.crop((0, top * high, columns * side, (top + 1) * high)).tobytes("raw", "RGB;L")
+                lines = np.frombuffer(strip, f"V{side}").reshape(-1, side, 3, columns).transpose(0, 3, 2, 1)
+                pixels = np.ascontiguousarray(lines).view(np.uint8).reshape(part.shape).astype(np.float32)
+                np.divide(pixels / 255 - mean, std, out=part)
             done[key] = patches
         return {"pixel_values": torch.from_numpy(pixel_values), "image_grid_hws": torch.tensor(grids)}
 
@@ -378,19 +382,15 @@ class LocateAnythingImageProcessor(BaseImageProcessor):
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Patches of an image of `height`×`width` pixels, by transformers' name. No `images_kwargs` change it."""
-        rows, columns = self.grid_of(height, width)
-        return rows * columns
+        return prod(self.grid_of(height, width))
 
     def get_number_of_image_tokens(self, height: int, width: int) -> int:
         """Image tokens, one for each merge of patches, of an image of `height`×`width` pixels."""
-        rows, columns = self.grid_of(height, width)
-        return rows * columns // (self.merge_kernel_size[0] * self.merge_kernel_size[1])
+        return prod(self.grid_of(height, width)) // prod(self.merge_kernel_size)
 
     def _shrink(self, height: int, width: int) -> tuple[int, int]:
         patches = (width // self.patch_size) * (height // self.patch_size)
-        if patches <= self.in_token_limit:
-            return height, width
-        scale = (self.in_token_limit / patches) ** 0.5
+        scale = min(1.0, (self.in_token_limit / max(1, patches)) ** 0.5)
         return max(1, int(height * scale)), max(1, int(width * scale))
 
 

@@ -278,7 +278,7 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
     def _load(self, name: str, value: Any, load: Callable[..., Any] = load_image) -> Any:
         """An image, or with `load_video` the frames of a video, that the model can take; errors begin with `name`."""
         try:
-            loaded = load(value, upright=self.image_processor.upright)
+            loaded = load(value, upright=self.image_processor.upright, copy=False)
             for image in loaded if is_list(loaded) else [loaded]:
                 self.image_processor.grid_of(image.height, image.width)
         except ValueError as error:

@@ -187,6 +187,16 @@ def test_a_new_image_comes_back(tmp_path):
     assert same(loaded)
 
 
+def test_an_image_that_is_only_read_is_not_copied():
+    image = Image.fromarray(PIXELS).copy()
+    assert load_image(image, copy=False) is image and load_image({"image": image}, copy=False) is image
+    assert load_video([image], copy=False)[0] is image and load_video([image])[0] is not image
+    assert load_image(image.convert("RGBA"), copy=False).mode == "RGB"
+    before = image.tobytes()
+    LocateAnythingImageProcessor()([image, image])
+    assert image.tobytes() == before
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (1, 5, 7), (5, 7, 4), (4, 5, 7)])
 def test_array_layouts(shape):
     pixels = np.zeros(shape, np.uint8)
