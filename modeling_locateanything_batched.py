@@ -78,7 +78,7 @@ class LocateAnythingTextForCausalLM(Qwen2ForCausalLM):
             layer.self_attn = WindowAttention(self.config, index)
 
     @functools.wraps(Qwen2ForCausalLM.forward)  # GenerationMixin and Trainer read the signature
-    def forward(self, input_ids=None, *args, visual_features=None, image_token_index=None, **kwargs):
+    def forward(self, input_ids=None, *args, visual_features=None, image_token_index=None, windows=None, **kwargs):
         unknown = kwargs.keys() - _TEXT_ARGUMENTS
         if unknown:
             raise ValueError(f"forward() got {', '.join(sorted(unknown))}, which would have no effect.")
@@ -89,6 +89,8 @@ class LocateAnythingTextForCausalLM(Qwen2ForCausalLM):
                 raise ValueError(f"input_ids have {count} image slots, but the images give {tokens} tokens.")
             kwargs["inputs_embeds"] = self.embed(input_ids, [visual_features], slots)
             input_ids = None
+        if windows is not None:  # samples for training and their windows: training/pack.py of the repository
+            return windows.run(self, input_ids=input_ids, **kwargs)
         return super().forward(input_ids, *args, **kwargs)
 
     def embed(

@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
-CHECKPOINTS = {"shapes": ROOT / "demo" / "checkpoint", "shapes-early": GOLDENS / "shapes-early" / "checkpoint"}
+CHECKPOINTS = {name: GOLDENS / name / "checkpoint" for name in ("shapes", "shapes-early")}
 
 # The remote-code files import each other relatively, as transformers lays them out; here their folder is the package.
 package = types.ModuleType("locateanything")
