@@ -1,13 +1,15 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """Records → one pack, as transformers' Trainer asks its data collator."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from image_processing import load_image
 from training.data import check, messages_of
-from training.objective import Marks, sample_of
+from training.objective import Marks, Sample, sample_of
 from training.pack import Pack
 
 
@@ -23,11 +25,19 @@ class MTPCollator:
         max_length: a longer sample, windows counted, is refused. None: any length.
         none: the word of an answer that finds nothing, which is what the config's `none_token_id` spells.
         flex: attend by FlexAttention (for CUDA).
+        windows: False for next-token loss alone, by which every mode but "slow" and "verified" unlearns.
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None, none: str = "None", flex: bool = False):
-        self.processor, self.max_length, self.none, self.flex = processor, max_length, none, flex
-        self.marks = Marks.of(processor.tokenizer)
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        none: str = "None",
+        flex: bool = False,
+        windows: bool = True,
+    ):
+        self.processor, self.max_length, self.none = processor, max_length, none
+        self.flex, self.windows, self.marks = flex, windows, Marks.of(processor.tokenizer)
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Records (see `training.data`) → `input_ids`, `position_ids`, `labels`, `[1, T]` long, the last aligned;
@@ -42,13 +52,7 @@ class MTPCollator:
         inputs = self.processor.apply_chat_template(talks, tokenize=True, return_dict=True, return_tensors=None)
         samples = []
         for record, ids in zip(records, inputs["input_ids"], strict=True):
-            sample = sample_of(ids, self.marks)
-            if sample is None:
-                raise ValueError(f"{record.get('name', 'record')}: has no answer to learn.")
-            if self.max_length is not None and len(sample.ids) > self.max_length:
-                told = f"{len(sample.ids)} tokens, {len(sample.anchors)} windows counted"
-                raise ValueError(f"{record.get('name', 'record')}: {told}; max_length is {self.max_length}.")
-            samples.append(sample)
+            samples.append(self.sample(ids, record.get("name", "record")))
         batch: dict[str, Any] = {
             "input_ids": torch.tensor([[i for sample in samples for i in sample.ids]]),
             "position_ids": torch.tensor([[i for sample in samples for i in sample.positions]]),
@@ -64,3 +68,33 @@ class MTPCollator:
             "image_grid_hws": torch.tensor([[2, 2]]),
             "image_flags": torch.tensor([0]),
         }
+
+    def sample(self, ids: list[int], name: str, more: int = 0) -> Sample:
+        """more: tokens that are not in `ids` yet."""
+        sample = sample_of(ids, self.marks, self.windows)
+        if sample is None:
+            raise ValueError(f"{name}: has no answer to learn.")
+        if self.max_length is not None and len(sample.ids) + more > self.max_length:
+            told = f"{len(sample.ids) + more} tokens, {len(sample.anchors)} windows counted"
+            raise ValueError(f"{name}: {told}; max_length is {self.max_length}.")
+        return sample
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """What a call would say of a record, at the cost of reading its pictures.
+
+        Raises:
+            ValueError, KeyError, TypeError: as a call does.
+        """
+        name = record.get("name", "record")
+        if "error" in record:
+            raise ValueError(f"{name}: {record['error']}")
+        check(record, self.none)
+        messages, more, images = messages_of(record), 0, self.processor.image_processor
+        for item in (item for message in messages for item in message["content"] if item["type"] == "image"):
+            picture = load_image(item, upright=images.upright)
+            more += images.get_number_of_image_tokens(picture.height, picture.width)
+            if tuple(record.get("size", picture.size)) != picture.size:
+                raise ValueError(f"{name}: its picture is {picture.size} upright; its boxes are of {record['size']}.")
+        text = self.processor.apply_chat_template(messages)
+        text = re.sub("<image-([0-9]+)>", r"<image \1><img></img>", text)
+        self.sample(self.processor.tokenizer(text)["input_ids"], name, more)

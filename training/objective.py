@@ -84,16 +84,15 @@ def blocks(ids: Sequence[int], marks: Marks, rng: random.Random) -> Iterator[tup
             anchor += len(block)
 
 
-def sample_of(ids: Sequence[int], marks: Marks, rng: random.Random | None = None) -> Sample | None:
-    """The training sequence of a conversation; None if nothing in it is to be learnt. rng: by default one that gives
-    a conversation the same blocks each time."""
+def sample_of(ids: Sequence[int], marks: Marks, windows: bool = True) -> Sample | None:
+    """The training sequence of a conversation, the same each time; None if nothing in it is to be learnt."""
     targets = [IGNORED] * len(ids)
     for before, end in answers(ids, marks):
         targets[before:end] = ids[before + 1 : end + 1]
     if not any(target != IGNORED for target in targets):
         return None
     whole, positions, anchors = list(ids), list(range(len(ids))), []
-    for anchor, block in blocks(ids, marks, rng or random.Random(repr(list(ids)))):
+    for anchor, block in blocks(ids, marks, random.Random(repr(list(ids)))) if windows else ():
         anchors.append(anchor)
         whole += [ids[anchor]] + [marks.mask] * (WINDOW - 1)
         positions += range(anchor, anchor + WINDOW)
@@ -112,7 +111,7 @@ def places_of(samples: Sequence[Sample]) -> torch.Tensor:
     return torch.tensor(columns).T
 
 
-def sees(query: Sequence[torch.Tensor], key: Sequence[torch.Tensor]) -> torch.Tensor:
+def sees(query: Any, key: Any) -> torch.Tensor:
     """Whether a query sees a key, both columns of `places_of`: a causal key before its prefix, or its own window."""
     causal = (key[1] < 0) & (key[2] < query[3])
     return (query[0] == key[0]) & (causal | ((query[1] >= 0) & (query[1] == key[1])))

@@ -58,7 +58,8 @@ class Pack:
         """query: `[1, heads, T, D]`; keys, values: `[1, kv_heads, T, D]`. Returns `[1, T, heads, D]`."""
         if self.flex:
             if self._masks is None:
-                self._masks = create_block_mask(self.asked(), None, None, *self.places.shape[1:] * 2, query.device)
+                places = self.places.shape[1]
+                self._masks = create_block_mask(self.asked(), None, None, places, places, query.device)
             told = {"block_mask": self._masks, "scale": scaling, "enable_gqa": True, "training": query.requires_grad}
             return compile_friendly_flex_attention(query, keys, values, **told).transpose(1, 2)
         if self._masks is None:

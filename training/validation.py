@@ -1,7 +1,8 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """How well a model answers records: precision and recall in each mode, and what that costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from training.data import messages_of
@@ -11,53 +12,59 @@ IOU = 0.5  # that a box has to reach
 NEAR = 0.05  # of the picture's side: how far off a point may be
 
 
-def validate(
+def validate(model: Any, processor: Any, records: Sequence[Mapping[str, Any]], **told: Any) -> dict[str, dict]:
+    """`scores` of `count`."""
+    return {mode: scores(counts) for mode, counts in count(model, processor, records, **told).items()}
+
+
+@contextmanager
+def answering(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def count(
     model: Any,
     processor: Any,
     records: Sequence[Mapping[str, Any]],
     modes: Sequence[str] = MODES,
     rows: int = 16,
     max_new_tokens: int = 512,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, list[int]]:
     """Asks every question of the records, with the true answers to those before it, greedily.
 
     Returns:
-        Per mode `precision`, `recall` and `f1` of boxes (IoU of at least 0.5) and points with the right label, each
-        thing found once, `said`, how many boxes and points that were, and `forwards` an answer took on average.
+        Per mode how many boxes and points were right, were said and are there (right: with the label, a box at an IoU
+        of at least 0.5, each thing once), and how many forwards and answers that took.
     """
     talks = [messages_of(record) for record in records]
     asked = [(talk[:at], talk[at]) for talk in talks for at, turn in enumerate(talk) if turn["role"] == "assistant"]
-    result = {}
-    training = model.training
-    model.eval()
-    for mode in modes:
-        hits = said = things = forwards = 0
+    counts = {mode: [0] * 5 for mode in modes}
+    layout = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "padding": True}
+    with answering(model):
         for start in range(0, len(asked), rows):
             some = asked[start : start + rows]
-            inputs = processor.apply_chat_template(
-                [question for question, _ in some],
-                add_generation_prompt=True,
-                tokenize=True,
-                padding=True,
-                return_dict=True,
-                return_tensors="pt",
-            ).to(model.device)
-            output = model.generate(
-                **inputs, generation_mode=mode, max_new_tokens=max_new_tokens, return_dict_in_generate=True
-            )
-            answers = ["".join(part["text"] for part in answer["content"]) for _, answer in some]
-            pairs = zip(found(processor, output), found(processor, answers), strict=True)
-            for given, true in pairs:
-                hits += matched(given, true)
-                said += len(given)
-                things += len(true)
-            forwards += int(output.row_forwards.sum())
-        precision, recall = hits / max(said, 1), hits / max(things, 1)
-        f1 = 2 * precision * recall / max(precision + recall, 1e-9)
-        told = {"precision": precision, "recall": recall, "f1": f1, "forwards": forwards / max(len(asked), 1)}
-        result[mode] = {name: round(value, 4) for name, value in told.items()} | {"said": said}
-    model.train(training)
-    return result
+            inputs = processor.apply_chat_template([question for question, _ in some], **layout, return_tensors="pt")
+            true = found(processor, ["".join(part["text"] for part in answer["content"]) for _, answer in some])
+            for mode in modes:
+                settings = {"generation_mode": mode, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+                output = model.generate(**inputs.to(model.device), **settings)
+                given = found(processor, output)
+                right = sum(matched(*pair) for pair in zip(given, true, strict=True))
+                told = right, sum(map(len, given)), sum(map(len, true)), int(output.row_forwards.sum()), len(some)
+                counts[mode] = [sum(pair) for pair in zip(counts[mode], told, strict=True)]
+    return counts
+
+
+def scores(counts: Sequence[float]) -> dict[str, float]:
+    """`precision`, `recall` and `f1`; `said`, how many boxes and points; `forwards` an answer took."""
+    right, said, there, forwards, answers = counts
+    precision, recall, f1 = right / max(said, 1), right / max(there, 1), 2 * right / max(said + there, 1)
+    return {"precision": precision, "recall": recall, "f1": f1, "said": said, "forwards": forwards / max(answers, 1)}
 
 
 def found(processor: Any, outputs: Any) -> list[list[tuple[str, list[float]]]]:
