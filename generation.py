@@ -1,33 +1,35 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
-"""The generation loop: rows enter slots, take steps together, leave when they finish.
+"""The engine: rows join at any time, enter slots, take steps together, and leave when they finish.
 
-A step: schedule (rows enter and leave, their state goes to the device in one copy), forward (one pass of the decoder
-over their pending tokens and windows), decide (the rules on its logits, and one copy to the host), postprocess (tokens
-join their rows). Rows differ in everything: prompt, images, mode, limit, sampling parameters, accepted tokens, finish.
+A step: schedule (rows enter slots, prompts are cached as far as the step's budgets go, the rows' state goes to the
+device in one copy), forward (one pass of the decoder over their pending tokens and windows), decide (the rules on its
+logits, and one copy to the host), postprocess (tokens join their rows). Rows differ in everything: prompt, images,
+mode, limit, sampling parameters, accepted tokens, finish.
 """
 
+import sys
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from collections.abc import Callable, Iterator
+from itertools import chain, groupby, repeat
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .configuration import WINDOW, TokenRoles
 from .cuda_graphs import DecodeGraphs
 from .decoding import Phase, accept_next, accept_window, leave_label, verify, verify_label, window_tokens
 from .kv_cache import DecodeStep, PrefillStep, PromptChunk, SlotKVCache, State, content_of, in_passes, share_prefixes
-from .sampling import MODEL, Sampler, SamplingParameters
+from .rows import Picture, Row
+from .sampling import Sampler
 
-PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one whole prompt at least)
+PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one chunk at least)
 LEAST_PREFILL_TOKENS = 256  # less is not tried after running out of memory
-FIRST_PHASE = {"hybrid": Phase.MTP, "fast": Phase.MTP, "slow": Phase.AR, "verified": Phase.VERIFIED}
+ANSWER_PLACES = 256  # of the cache, made ready behind a prompt: most answers are shorter than their limit
+
+EMPTY = State.empty()[1:]
 
 logger = logging.get_logger(__name__)
 
@@ -37,310 +39,318 @@ def packs(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-@dataclass(frozen=True)
-class RowSettings:
-    """mode: "hybrid", "fast", "slow" or "verified". limit: the row decodes while it and its prompt are shorter. least:
-    tokens, prompt included, before which its end is held back. verify_labels: text in labels is accepted as in mode
-    "verified"."""
-
-    mode: str
-    limit: int
-    sampling: SamplingParameters
-    least: int = 0
-    verify_labels: bool = False
-
-
-@dataclass(eq=False)
-class Row:
-    """One row from prompt to answer, and all that is known of it. `tokens` are the committed ones, prompt included."""
-
-    index: int
-    prompt: list[int]
-    settings: RowSettings
-    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-    generator: torch.Generator | None = None
-    tokens: list[int] = field(init=False)
-    draft: list[int] = field(init=False, default_factory=list)  # behind the committed tokens, to be verified
-    cached: int = field(init=False, default=0)  # tokens that its slot holds
-    phase: Phase = field(init=False)
-    forwards: int = field(init=False, default=0)
-    switches: int = field(init=False, default=0)  # to next-token decoding
-    accepted: list[tuple[Phase, int]] = field(init=False, default_factory=list)  # tokens of each forward
-    scores: list[float] = field(init=False, default_factory=list)  # log-probabilities of the answer's tokens
-    noise: list[tuple] = field(init=False, default_factory=list)  # of its next draws; its generator's state behind
-    sound: torch.Tensor | None = field(init=False, default=None)  # bool, whether its images' features are finite
-    finish_reason: str | None = field(init=False, default=None)  # "end", "limit", "stop", "repetition" or "error"
-    error: str | None = field(init=False, default=None)
-
-    def __post_init__(self):
-        self.tokens, self.phase = list(self.prompt), FIRST_PHASE[self.settings.mode]
-
-    @property
-    def committed(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def pending(self) -> list[int]:
-        """What its next step feeds before the window: at most six tokens."""
-        return self.tokens[self.cached :] + self.draft
-
-    @property
-    def answer(self) -> list[int]:
-        return self.tokens[len(self.prompt) :]
-
-    @property
-    def phases(self) -> list[Phase]:
-        """How each token of the answer was accepted."""
-        return [phase for phase, count in self.accepted for _ in range(count)]
-
-    @property
-    def steps(self) -> list[tuple[str, int]]:
-        """(mode, tokens) of each forward; the stock counts an AR step that ends its row among the MTP ones."""
-        steps = [(phase.name.lower(), count) for phase, count in self.accepted]
-        if self.finish_reason == "end" and steps[-1][0] == "ar":
-            steps[-1] = ("mtp", steps[-1][1])
-        return steps
-
-    @property
-    def room(self) -> int:
-        """Cache places the row can come to need: a step from limit - 1 tokens writes a window behind them."""
-        return self.settings.limit + WINDOW
-
-    @property
-    def state(self) -> list[int]:
-        """Its columns of `State`, but for the order."""
-        pending = (self.pending + self.tokens[:1] * WINDOW)[:WINDOW]
-        flags = self.settings.mode == "hybrid", self.settings.verify_labels
-        return [self.committed, self.cached, len(self.draft), self.phase, *flags, *pending]
-
-    def cut(self, length: int) -> None:
-        """Keeps `length` tokens of the answer."""
-        del self.tokens[len(self.prompt) + length :], self.scores[length:]
-        starts = accumulate((count for _, count in self.accepted), initial=0)
-        steps = list(zip(self.accepted, starts, strict=False))
-        self.accepted = [(phase, min(count, length - start)) for (phase, count), start in steps if start < length]
-
-    def spend_noise(self, tokens: int) -> None:
-        """So many positions have got their tokens; what is left is for the next ones, as long as a draft is verified.
-        A row that leaves a label puts its own generator back behind what was spent: how much lay ready depends on the
-        drafts, and so on whether a step was done again after running out of memory."""
-        if self.phase == Phase.VERIFIED and not self.finish_reason:
-            del self.noise[:tokens]
-            return
-        if self.generator is not None and tokens < len(self.noise):
-            self.generator.set_state(self.noise[tokens - 1][1])
-        self.noise = []
-
-    def fail(self, fault: int) -> None:
-        """Ends the row at a step whose numbers gave no tokens."""
-        what = "the model's logits are NaN or infinite"
-        if fault != MODEL:
-            names = ", ".join(type(processor).__name__ for processor in self.processors)
-            what = f"its logits processors ({names}) made NaN, +inf or nothing but -inf of the model's finite logits"
-        self.error = f"row {self.index}: {what} at token {len(self.answer)} of its answer"
-        if fault == MODEL and self.sound is not None and not self.sound:
-            self.error += "; its image features were not finite when it entered"
-        self.finish_reason, self.noise = "error", []
-
-
 class GenerationLoop:
     """Decodes rows to their ends.
 
     Args:
-        model: the drop-in. features: image features on demand (`PromptFeatures`).
+        model: the drop-in. pictures: the image features of its rows, on demand (inputs.py's `Pictures`).
         slots: rows decoded at a time; further rows wait and take the slots of finished ones.
-        stops: ids that end a row, and its answer, wherever they are accepted.
-        criteria: asked after every accepted token, row by row. One with a method `answer_to_keep`, as
-            `DegenerateAnswerCriteria` has, is asked that for the answer's ids at each `</box>`, and the rest is cut.
-        streamer: gets the only row's prompt and tokens.
+        capacity: the most places that a row can come to need (`Row.room`).
         generator: draws for every row that has none of its own; None is the global one.
         device: where ids live and rules run. graphs: whether to capture decode steps as CUDA graphs.
+        share_prefixes: whether a row copies from another's slot what their prompts begin with.
+        step_tokens, step_patches: prompt tokens to cache and patches to encode in one step, at most (one picture at
+            least), so that rows which decode do not wait long for those that enter. A picture cannot be split.
     """
 
     def __init__(
         self,
         model: Any,
-        features: Any,
-        rows: list[Row],
+        pictures: Any,
         roles: TokenRoles,
         *,
         slots: int,
-        stops: frozenset[int],
-        criteria: StoppingCriteriaList,
-        streamer: BaseStreamer | None,
-        generator: torch.Generator | None,
+        capacity: int,
         device: torch.device,
+        generator: torch.Generator | None = None,
         graphs: bool = False,
+        share_prefixes: bool = True,
+        step_tokens: int = sys.maxsize,
+        step_patches: int = sys.maxsize,
     ):
-        self.model, self.features, self.roles, self.stops, self.streamer = model, features, roles, stops, streamer
-        self.rows, self.waiting = rows, deque(rows)
-        self.active: list[Row] = []  # by slot
-        self.cutting = [one for one in criteria if hasattr(one, "answer_to_keep")]
-        self.criteria = StoppingCriteriaList([one for one in criteria if not hasattr(one, "answer_to_keep")])
-        self.asks = bool(stops or criteria)  # whether anybody ends rows but the rules
+        self.model, self.pictures, self.roles = model, pictures, roles
+        self.waiting: deque[Row] = deque()
+        self.active: dict[int, Row] = {}  # by slot, in the order they came
         self.device, self.graphs, self.packed = device, graphs, packs(device) and not graphs
-        self.slots, self.capacity = min(slots, len(rows)), max(row.room for row in rows) + 1
-        self.prefill_tokens = PREFILL_TOKENS
+        self.slots, self.share_prefixes = slots, share_prefixes
+        self.step_tokens, self.step_patches, self.pass_tokens = step_tokens, step_patches, PREFILL_TOKENS
         # Places behind a row's tokens and draft repeat its first one, so that penalties see no token it lacks.
-        self.tokens = torch.zeros(self.slots, self.capacity + WINDOW, dtype=torch.long, device=device)
-        self.state = torch.zeros(self.slots, State.WIDTH, dtype=torch.long, device=device)
-        ends = [roles.end, roles.null, *stops]
-        self.sampler = Sampler(self.tokens, self.state[:, State.COMMITTED], ends, generator)
+        self.tokens = torch.zeros(slots, capacity + 1 + WINDOW, dtype=torch.long, device=device)
+        self.state = torch.zeros(slots, State.WIDTH, dtype=torch.long, device=device)
+        self.sampler = Sampler(self.tokens, self.state[:, State.COMMITTED], [roles.end, roles.null], generator)
         self.empty_cache()
 
-    def run(self) -> list[Row]:
-        """Decodes all rows; returns them, finished."""
-        try:
-            if self.streamer is not None:
-                self.streamer.put(torch.tensor(self.rows[0].prompt))
-            while self.active or self.waiting:
-                self.step()
-            if self.streamer is not None:
-                self.streamer.end()
-        finally:
-            self.close()
-        return self.rows
+    # ---- rows in, steps, rows out
 
-    def step(self) -> None:
+    @property
+    def busy(self) -> bool:
+        return bool(self.active or self.waiting)
+
+    def add(self, row: Row) -> None:
+        """A row joins: it waits for a slot."""
+        if row.streamer is not None:
+            row.streamer.put(torch.tensor(row.prompt))
+        self.pictures.join(row)
+        self.waiting.append(row)
+
+    def cancel(self, row: Row) -> None:
+        """Ends a row, wherever it is, with the tokens it has."""
+        if row.finish_reason is None:
+            row.finish_reason, row.noise = "cancelled", []
+            if row in self.waiting:
+                self.waiting.remove(row)
+                self.pictures.release(row)
+            self.leave()
+
+    def step(self) -> list[Row]:
+        """One step of all rows that have a slot. Returns those that finished in it, with an error or without."""
         rewind = self.sampler.rewinder([])
         try:
             rows = self.schedule()
             rewind = self.sampler.rewinder(rows)
             decided = self.decide(rows, self.forward()) if rows else []
         except torch.OutOfMemoryError as error:
-            self.halve(error)
             rewind()
-            return
+            return self.halve(error)
         # not tried again: a row's draw is spent once the row beside it, a criterion or a streamer has its own
         for row, told in zip(rows, decided, strict=True):
-            self.postprocess(row, *told)
+            try:
+                self.postprocess(row, *told)
+                if row.finish_reason and row.streamer is not None:
+                    row.streamer.end()
+            except Exception as error:  # of the caller's criteria or streamer
+                row.fail(f"{type(error).__name__}: {error}", error)
+        return self.leave()
 
-    # ---- memory
+    def run(self, rows: list[Row]) -> list[Row]:
+        """Decodes rows to their ends; returns them, finished.
 
-    def empty_cache(self) -> None:
-        self.cache = SlotKVCache(self.slots, self.capacity)
-        self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold
-        self.written = [0] * self.slots  # how far the last row of a slot wrote
-        self.run_step: Callable[..., torch.Tensor] = self.compute
-        if self.graphs:  # they hold the addresses of this cache
-            self.run_step = DecodeGraphs(self.compute, slots=self.slots, capacity=self.capacity)
+        Raises:
+            Exception: what a processor, a criterion or a streamer of the caller's raised.
+        """
+        try:
+            for row in rows:
+                self.add(row)
+            while self.busy:
+                for row in self.step():
+                    if row.raised is not None:
+                        raise row.raised
+        finally:
+            self.close()
+        return rows
 
     def close(self) -> None:
         """Gives the memory back now: a traceback may outlive the call, and the loop's parts refer to each other."""
         self.cache.layers.clear()
         del self.cache, self.run_step, self.sampler
 
-    def halve(self, error: torch.OutOfMemoryError) -> None:
+    # ---- memory
+
+    def empty_cache(self) -> None:
+        self.cache = SlotKVCache(0, 0)
+        self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold, or will when cached
+        self.written = [0] * self.slots  # how far the last row of a slot wrote
+        self.run_step: Callable[..., torch.Tensor] = self.compute
+
+    def reserve(self, places: int) -> None:
+        """Room in the cache for that many places of each slot in use."""
+        version, slots = self.cache.version, min(self.slots, 1 << max(self.active).bit_length())
+        self.cache.reserve(slots, places)
+        if self.graphs and self.cache.version != version:  # they hold the addresses of this cache
+            slots, capacity = min(self.cache.slots, self.slots), self.cache.places - 1
+            self.run_step = DecodeGraphs(self.compute, slots=slots, capacity=capacity)
+
+    def halve(self, error: torch.OutOfMemoryError) -> list[Row]:
         """Goes on with half the slots and half the prompt tokens and patches a pass. Unfinished rows wait again, with
-        the tokens they have; what they had cached is computed anew."""
-        if self.slots == 1 and self.prefill_tokens <= LEAST_PREFILL_TOKENS:
-            raise error
-        logger.warning_once(f"out of memory with {self.slots} rows at a time; going on with half of it")
-        self.slots = max(1, self.slots // 2)
-        self.prefill_tokens = max(LEAST_PREFILL_TOKENS, self.prefill_tokens // 2)
-        self.features.halve()
-        self.waiting.extendleft(reversed([row for row in self.active if not row.finish_reason]))
-        for row in self.waiting:
-            row.cached, row.draft = 0, []
-        self.active = []
+        the tokens they have; what they had cached is computed anew. Where nothing is left to halve, the row ends."""
+        rows = list(self.active.values())
+        if self.slots == 1 and self.pass_tokens <= LEAST_PREFILL_TOKENS:
+            for row in rows:
+                row.fail(f"{type(error).__name__}: {error}", error)
+        else:
+            logger.warning_once(f"out of memory with {self.slots} rows at a time; going on with half of it")
+            self.slots = max(1, self.slots // 2)
+            self.pass_tokens = max(LEAST_PREFILL_TOKENS, self.pass_tokens // 2)
+            self.pictures.halve()
+        failed = self.leave()
+        for row in self.active.values():
+            if row.entered:
+                self.pictures.join(row)
+            row.leave_memory()
+        self.waiting.extendleft(reversed(self.active.values()))
+        self.active = {}
         self.empty_cache()
         torch.cuda.empty_cache()  # nothing, where CUDA was never used
+        return failed
 
     # ---- schedule
 
     def schedule(self) -> list[Row]:
-        """Rows enter and leave; the device gets their state. Returns the active rows, those of one phase side by side,
+        """Rows enter; the device gets the state of those that decode. Returns them, those of one phase side by side,
         and in it those of one kind (`Sampler.kind`)."""
         self.admit()
+        self.enter()
         kinds: dict[tuple, list[int]] = {}
-        for slot, row in enumerate(self.active):
-            kinds.setdefault((row.phase, *Sampler.kind(row)), []).append(slot)
+        for slot, row in sorted(self.active.items()):
+            if row.entered:
+                kinds.setdefault((row.phase, *Sampler.kind(row)), []).append(slot)
         order = [slot for _, slots in sorted(kinds.items(), key=lambda kind: kind[0][:2]) for slot in slots]
-        state = [[slot, *row.state] for slot, row in zip(order, self.active, strict=True)]
-        self.state.copy_(torch.tensor(state + [State.empty()] * (len(self.state) - len(state))))
+        slots = [self.active[slot].state if slot in self.active else EMPTY for slot in range(len(self.state))]
+        state = [[taken, *columns] for taken, columns in zip(chain(order, repeat(0)), slots, strict=False)]
+        self.state.copy_(torch.tensor(state))
         return [self.active[slot] for slot in order]
 
     def admit(self) -> None:
-        """Finished rows leave; waiting rows take their slots; without any, the last active rows close the gaps."""
-        entering: dict[int, Row] = {}
-        free = [slot for slot, row in enumerate(self.active) if row.finish_reason]
-        for slot in free:
-            self.written[slot] = self.active[slot].cached + 2 * WINDOW  # a window behind at most six pending tokens
-        free += range(len(self.active), self.slots)
-        for slot in free[: len(self.waiting)]:
-            entering[slot] = self.waiting.popleft()
-            self.active[slot : slot + 1] = [entering[slot]]
-        for slot in free[len(entering) :]:
-            while self.active and self.active[-1].finish_reason:
-                self.active.pop()
-            if slot < len(self.active):
-                last = self.active[slot] = self.active.pop()
-                source = len(self.active)
-                self.cache.move(source, slot, last.cached)
-                self.cache.clear(slot, last.cached, self.written[slot])
-                self.residents[slot], self.tokens[slot] = self.residents.pop(source), self.tokens[source]
-        if entering:
-            self.enter(entering)
-
-    def enter(self, entering: dict[int, Row]) -> None:
-        """Caches all but the last token of entering rows; that one is pending in their first step."""
-        contents = {}
-        for slot, row in entering.items():
-            contents[slot] = content_of(row.tokens[:-1], self.roles.image, *self.features.layout(row.index))
+        """Waiting rows take free slots; where none waits, the last rows close the gaps. No more are admitted than a
+        step's budget may cache: the others lose nothing by waiting where they can still be cancelled for nothing."""
+        room = self.step_tokens - sum(len(row.content) - row.cached for row in self.active.values() if not row.entered)
+        for slot in range(self.slots):
+            if slot in self.active or not self.waiting or room <= 0:
+                continue
+            row = self.active[slot] = self.waiting.popleft()
+            images = [picture.number for picture in row.pictures], [picture.tokens for picture in row.pictures]
+            row.content = content_of(row.tokens[:-1], self.roles.image, *images)
+            room -= row.committed
             self.tokens[slot] = row.tokens[0]
             self.tokens[slot, : row.committed] = torch.tensor(row.tokens, device=self.device)
-        for planned in share_prefixes(contents, self.residents):
-            chunks = self.sound(planned)
+        if self.waiting:
+            return
+        for slot in range(len(self.active)):
+            if slot not in self.active:
+                self.move(max(self.active), slot)
+
+    def move(self, source: int, target: int) -> None:
+        """A row goes on in a free slot; what it leaves is there until somebody enters."""
+        row = self.active[target] = self.active.pop(source)
+        self.tokens[target] = self.tokens[source]
+        if row.cached or row.entered:
+            self.cache.move(source, target, row.cached)
+            self.cache.clear(target, row.cached, self.written[target])
+            self.residents[target] = self.residents[source]
+            self.vacate(source, row)
+
+    def leave(self) -> list[Row]:
+        """Finished rows leave their slots; returns them."""
+        left = {slot: row for slot, row in self.active.items() if row.finish_reason}
+        for slot, row in left.items():
+            del self.active[slot]
+            self.vacate(slot, row)
+            if not row.entered:
+                self.pictures.release(row)
+        return list(left.values())
+
+    def vacate(self, slot: int, row: Row) -> None:
+        """What a row's slot still holds, for whoever enters it or begins alike."""
+        if row.cached or row.entered:
+            self.written[slot] = row.cached + 2 * WINDOW  # a window behind at most six pending tokens
+            self.residents[slot] = row.content[: row.cached]
+
+    def enter(self) -> None:
+        """Caches all but the last token of rows that enter, as far as a step's budgets go; that one is pending in
+        their first step."""
+        entering = {slot: row for slot, row in self.active.items() if not row.entered}
+        if not entering:
+            return
+        self.reserve(max(min(row.room, row.committed + ANSWER_PLACES) for row in entering.values()))
+        self.tokens_left, self.patches_left = self.step_tokens, self.step_patches
+        chosen: set[Picture] = set()  # to be encoded in this step
+        begun = [PromptChunk(slot, row.cached, len(row.content), slot) for slot, row in entering.items() if row.cached]
+        fresh = {slot: row.content for slot, row in entering.items() if not row.cached}
+        for planned in self.plan(begun, fresh):
+            chunks = []
+            for chunk in self.sound(planned):
+                if (piece := self.piece(chunk, chosen)) is not None:
+                    self.begin(piece)
+                    chunks.append(piece)
+            for group in in_passes([chunk for chunk in chunks if chunk.start < chunk.stop], self.pass_tokens):
+                self.prefill(group)
             for chunk in chunks:
-                kept = chunk.start if chunk.donor == chunk.slot else 0
-                self.cache.clear(chunk.slot, kept, self.written[chunk.slot])
-                if chunk.start > kept:
-                    self.cache.move(chunk.donor, chunk.slot, chunk.start)
-            for group in in_passes([chunk for chunk in chunks if chunk.start < chunk.stop], self.prefill_tokens):
-                self.prefill(group, contents)
-        for slot, row in entering.items():
-            row.cached = row.committed - 1
-            self.residents[slot] = contents[slot]
-            self.features.release(row.index)
+                row = entering[chunk.slot]
+                row.cached, row.entered = chunk.stop, chunk.stop == len(row.content)
+                if row.entered:
+                    self.pictures.release(row)
 
-    def sound(self, planned: list[PromptChunk]) -> list[PromptChunk]:
+    def plan(
+        self, begun: list[PromptChunk], fresh: dict[int, np.ndarray]
+    ) -> tuple[list[PromptChunk], list[PromptChunk]]:
+        """What can be computed at once, and what then, for it copies what others have computed."""
+        if not self.share_prefixes:
+            return begun + [PromptChunk(slot, 0, len(content)) for slot, content in fresh.items()], []
+        first, second = share_prefixes(fresh, self.residents)
+        return begun + first, second
+
+    def sound(self, planned: list[PromptChunk]) -> Iterator[PromptChunk]:
         """Chunks that share finite numbers only; the others are computed whole. NaN in one picture spreads to tokens
-        before it: 0 × NaN, under the causal mask."""
-        chunks: dict[int, PromptChunk] = {}
+        before it: 0 × NaN, under the causal mask. Those whose donor is not as far yet are left for another step."""
+        anew = set()
         for chunk in planned:
-            anew = chunk.donor in chunks and not chunks[chunk.donor].start  # the donor will not hold it any more
-            if chunk.start and (anew or not self.cache.is_finite(chunk.donor, chunk.start)):
-                chunk = PromptChunk(chunk.slot, 0, chunk.stop)
-            chunks[chunk.slot] = chunk
-        return list(chunks.values())
+            if chunk.start and not self.active[chunk.slot].cached:
+                donor = self.active.get(chunk.donor)
+                if chunk.donor != chunk.slot and donor is not None and donor.cached < chunk.start:
+                    continue
+                if chunk.donor in anew or not self.cache.is_finite(chunk.donor, chunk.start):
+                    chunk = PromptChunk(chunk.slot, 0, chunk.stop)
+                    anew.add(chunk.slot)  # which does not hold what it held any more
+            yield chunk
 
-    def prefill(self, chunks: list[PromptChunk], contents: dict[int, np.ndarray]) -> None:
-        """One packed pass over what of these rows' prompts is not shared."""
+    def piece(self, chunk: PromptChunk, chosen: set[Picture]) -> PromptChunk | None:
+        """What of a chunk the budgets hold: up to a picture that is more than is left of them, if others were taken
+        before it; it is then the first of the next step."""
+        row = self.active[chunk.slot]
+        if self.tokens_left <= 0:
+            return None
+        stop = min(chunk.stop, chunk.start + self.tokens_left)
+        shown = row.features(chunk.start, stop)
+        for picture, _ in shown:
+            if picture.cost and picture not in chosen:
+                if self.patches_left < min(picture.cost, self.step_patches):
+                    self.patches_left = 0
+                    if picture is shown[0][0]:  # text alone is not worth a pass
+                        return None
+                    stop = chunk.start + int(np.argmax(row.content[chunk.start :] == -1 - picture.number))
+                    break
+                self.patches_left -= picture.cost
+                chosen.add(picture)
+        self.tokens_left -= stop - chunk.start
+        return PromptChunk(chunk.slot, chunk.start, stop, chunk.donor)
+
+    def begin(self, chunk: PromptChunk) -> None:
+        """A slot is cleared of its last row, but for what its next one shares, with it or with another slot."""
+        row = self.active[chunk.slot]
+        if not row.cached:
+            kept = chunk.start if chunk.donor == chunk.slot else 0
+            self.cache.clear(chunk.slot, kept, self.written[chunk.slot])
+            if chunk.start > kept:
+                self.cache.move(chunk.donor, chunk.slot, chunk.start)
+            self.residents[chunk.slot], row.cached = row.content, chunk.start
+
+    def prefill(self, chunks: list[PromptChunk]) -> None:
+        """One packed pass over chunks of rows' prompts, behind what their slots hold already."""
         rows = [self.active[chunk.slot] for chunk in chunks]
-        # not every image token: in an answer that is cached again, after out of memory, it is a word
-        images = [contents[chunk.slot] < 0 for chunk in chunks]
-        # those before a chunk are cached already, and their features not needed
-        skipped = [int(each[: chunk.start].sum()) for each, chunk in zip(images, chunks, strict=True)]
-        features = self.features.take([(row.index, skip) for row, skip in zip(rows, skipped, strict=True)])
-        own = [each[chunk.start :] for each, chunk in zip(images, chunks, strict=True)]
+        fed = [row.features(chunk.start, chunk.stop) for row, chunk in zip(rows, chunks, strict=True)]
+        features = self.pictures.take([part for parts in fed for part in parts])
+        own = [row.content[chunk.start : chunk.stop] < 0 for row, chunk in zip(rows, chunks, strict=True)]
         shown = torch.from_numpy(np.concatenate(own)).to(self.device)
         step = PrefillStep(chunks, self.device)
         embeddings = self.model.embed_prompt(self.tokens[step.slots, step.offsets], features, shown)
         # asked for only if the row fails
         finite = embeddings.isfinite().all(-1) | ~shown.to(embeddings.device)
         for row, sound in zip(rows, finite.split(step.lengths), strict=True):
-            row.sound = sound.all()
+            row.sound = sound.all() if row.sound is None else row.sound & sound.all()
         self.model.decode(embeddings, step, self.cache)
 
     # ---- forward
 
     def forward(self) -> torch.Tensor:
-        """One pass of the decoder over the active rows: `[R, Q, hidden]`, by slot, in the grid of a `DecodeStep`."""
-        windows = any(row.phase != Phase.AR for row in self.active)
-        pending = [len(row.pending) for row in self.active]
-        longest = max(row.cached + fed for row, fed in zip(self.active, pending, strict=True)) + WINDOW * windows
+        """One pass of the decoder over the rows that decode: `[R, Q, hidden]`, by slot, in the grid of a
+        `DecodeStep`."""
+        decoding = {slot: row for slot, row in self.active.items() if row.entered}
+        windows = any(row.phase != Phase.AR for row in decoding.values())
+        pending = [len(row.pending) for row in decoding.values()]
+        longest = max(row.cached + fed for row, fed in zip(decoding.values(), pending, strict=True)) + WINDOW * windows
+        self.reserve(longest)
         with torch.cuda.device_of(self.state):  # a graph is captured and replayed on the current device
-            return self.run_step(len(pending), max(pending), windows, longest)
+            return self.run_step(max(decoding) + 1, max(pending), windows, longest)
 
     def compute(self, rows: int, pending: int, windows: bool, longest: int) -> torch.Tensor:
         """The pass itself, a function of the state on the device and of these shapes only: CUDA graphs capture it."""
@@ -412,15 +422,19 @@ class GenerationLoop:
         """A step's tokens join the row, up to the first that ends it by the caller's stops or criteria, and the
         streamer hears of them; its draft waits for the next step."""
         *tokens, length, drafted, phase, finished, fault = line
+        if row.raised is not None:  # by a processor
+            row.fail(f"{type(row.raised).__name__}: {row.raised}", row.raised)
+            return
         before, keep = row.committed, None
         row.forwards += 1
         if fault:
             row.accepted.append((row.phase, 0))
-            row.fail(fault)
+            row.fault(fault)
             return
+        asks = bool(row.settings.stops or row.criteria or row.cutting)
         for token in tokens[:length]:
             row.tokens.append(token)
-            keep = self.asked(row) if self.asks else None
+            keep = self.asked(row) if asks else None
             if row.finish_reason:
                 break
         count = row.committed - before
@@ -439,18 +453,18 @@ class GenerationLoop:
         row.spend_noise(count)
         if keep is not None:
             row.cut(keep)
-        if self.streamer is not None:
-            self.streamer.put(torch.tensor(row.tokens[before:]))
+        if row.streamer is not None:
+            row.streamer.put(torch.tensor(row.tokens[before:]))
 
     def asked(self, row: Row) -> int | None:
         """Whether the caller's stops or criteria end a row at its last token: it then has a reason. Returns how many
         tokens of the answer to keep, if not all."""
         token, keep = row.tokens[-1], None
-        stops = token in self.stops and row.committed > row.settings.least
-        if stops or (self.criteria and self.criteria(torch.tensor([row.tokens], device=self.device), None).any()):
+        stops = token in row.settings.stops and row.committed > row.settings.least
+        if stops or (row.criteria and row.criteria(torch.tensor([row.tokens], device=self.device), None).any()):
             row.finish_reason = "stop"
-        if self.cutting and token == self.roles.box_end:
+        if row.cutting and token == self.roles.box_end:
             answer = row.answer
-            keep = next((kept for one in self.cutting if (kept := one.answer_to_keep(answer)) is not None), None)
+            keep = next((kept for one in row.cutting if (kept := one.answer_to_keep(answer)) is not None), None)
             row.finish_reason = row.finish_reason if keep is None else "repetition"
         return keep

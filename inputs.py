@@ -2,19 +2,21 @@
 """From `generate`'s arguments to rows, and from rows to what it returns; images are encoded on demand."""
 
 import difflib
+import itertools
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from numbers import Real
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from .configuration import WINDOW, LocateAnythingConfig, TokenRoles
-from .generation import Row, RowSettings
+from .rows import Picture, Row, RowSettings
 from .sampling import SamplingParameters
 from .vision import PATCHES_A_PASS, place_of, read_images
 
@@ -78,61 +80,78 @@ def read_prompts(input_ids: Any, attention_mask: Any, config: LocateAnythingConf
 
 def read_call(
     model: Any,
-    prompts: list[list[int]],
+    input_ids: Any,
+    attention_mask: Any,
+    images: tuple[Any, Any, Any],
     given: GenerationConfig | None,
     arguments: dict[str, Any],
     *,
-    generator: Any,
-    tokenizer: Any,
-    logits_processor: Sequence[Any] | None,
-) -> tuple[list[Row], frozenset[int], GenerationConfig]:
-    """Merges the sources of settings; the first that speaks wins: arguments, `given`, the model's generation config.
+    generator: Any = None,
+    tokenizer: Any = None,
+    as_text: bool = False,
+    logits_processor: Sequence[Any] | None = None,
+    stopping_criteria: Sequence[Any] | None = None,
+    streamer: Any = None,
+) -> tuple[torch.Tensor, list[Row], GenerationConfig]:
+    """Rows of what `generate` is given. Of the sources of settings the first that speaks wins: arguments, `given`, the
+    model's generation config.
 
     `temperature` alone decides between greedy (0, the default) and sampling, as in the stock; `do_sample=True` means
     temperature 1.0 unless told, and `do_sample=False` greedy.
 
     Args:
+        images: `pixel_values`, `image_grid_hws` and `visual_features`.
         arguments: `generate`'s for the rows, and those that are transformers' own; those of `_PER_ROW` may be a list
             with one value per row, None where none is given.
-        tokenizer: of a stock call, which asks for text; as there, `do_sample` and the model's generation config are
-            not looked at then, and no row grows beyond its `model_max_length`.
+        as_text: a stock call, which asks for text; as there, `do_sample` and the model's generation config are not
+            looked at then, and no row grows beyond its tokenizer's `model_max_length`.
 
     Returns:
-        The rows of the answer, each prompt `num_return_sequences` times; end-of-sequence ids beside the rules' own
-        im_end; the generation config without what the rows say, for transformers' factories.
+        `input_ids` padded on the left; the rows of the answer, each prompt `num_return_sequences` times; the
+        generation config without what the rows say.
 
     Raises:
-        ValueError: an unknown argument, mode or value, a list of the wrong length, a prompt at or over its limit, a
-            generator of another device.
+        ValueError: prompts of `read_prompts`, images of `pictures_of`; an unknown argument, mode or value, a list of
+            the wrong length, a prompt at or over its limit, a generator of another device, a streamer of many rows.
     """
-    stock_call, cap = tokenizer is not None, model.config.text_config.max_position_embeddings
-    cap = min(cap, getattr(tokenizer, "model_max_length", cap))  # a processor knows no length
-    count, arguments = len(prompts), {name: value for name, value in arguments.items() if value is not None}
+    padded, prompts = read_prompts(input_ids, attention_mask, model.config, model.pad_token_id)
+    cap = model.config.text_config.max_position_embeddings
+    if as_text:
+        cap = min(cap, getattr(tokenizer, "model_max_length", cap))  # a processor knows no length
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     arguments.pop("labels", None)  # of a batch for training
-    if stock_call:
+    if as_text:
         arguments.pop("do_sample", None)
     if not arguments.pop("use_cache", True):
         raise ValueError("use_cache=False: LocateAnything's windows need the cache; leave it on.")
     if arguments.pop("n_future_tokens", WINDOW) != WINDOW:
         raise ValueError(f"n_future_tokens: this model predicts {WINDOW} tokens at a time.")
-    argued = {name: _per_row(name, arguments.pop(name), count) for name in _PER_ROW if name in arguments}
+    argued = {name: _per_row(name, arguments.pop(name), len(prompts)) for name in _PER_ROW if name in arguments}
     allowed = arguments.pop("prefix_allowed_tokens_fn", None)
     sequences = arguments.pop("num_return_sequences", (given or model.generation_config).num_return_sequences or 1)
     check_number("num_return_sequences", sequences, whole=True, least=1)
     config = _merged(model, given, arguments)
     # of the model's own config, only what differs from transformers' defaults speaks
-    said = {} if stock_call else model.generation_config.to_diff_dict()
+    said = {} if as_text else model.generation_config.to_diff_dict()
     said |= {} if given is None else {name: value for name, value in vars(given).items() if value is not None}
     # 4.57's default length is nobody's wish
     spoken = {name: said[name] for name in _PER_ROW if name in said and (name, said[name]) != ("max_length", 20)}
     ends = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
+    stops = frozenset(ends) - {TokenRoles.of(model.config).end}
     least, least_new = config.min_length or 0, config.min_new_tokens
     # what the rows' settings and the rules do already must not be done a second time by transformers' factories
     config.eos_token_id = config._eos_token_tensor = config.max_new_tokens = None
-    config.min_length = config.min_new_tokens = None
+    config.min_length = config.min_new_tokens = config.max_length = None
     config.do_sample, config.repetition_penalty, config.num_return_sequences = False, 1.0, 1
     rows, device = [], place_of(model.get_input_embeddings())
-    for index, draws in enumerate(_generators(generator, count * int(sequences), device)):
+    generators = _generators(generator, len(prompts) * int(sequences), device)
+    if streamer is not None and len(generators) > 1:
+        raise ValueError(f"streamer= follows one row; got {len(generators)}.")
+    pictures = pictures_of(model, prompts, *images)
+    criteria = StoppingCriteriaList(stopping_criteria or [])
+    # of a processor, its tokenizer
+    criteria = model._get_stopping_criteria(config, criteria, getattr(tokenizer, "tokenizer", tokenizer))
+    for index, draws in enumerate(generators):
         row = index // int(sequences)
         prompt, own = prompts[row], {name: values[row] for name, values in argued.items() if values[row] is not None}
         mode, verified = own.get("generation_mode", "hybrid"), own.get("verify_labels", False)
@@ -149,6 +168,7 @@ def read_call(
             _sampling(own, told),
             max(least, len(prompt) + least_new if least_new else 0),
             verified and mode in ("hybrid", "fast"),  # the others accept every token by next-token decoding anyway
+            stops,
         )
         # transformers' factory builds whatever else the config asks for, some of it by prompt length
         config.max_length = settings.limit
@@ -161,9 +181,9 @@ def read_call(
             logits_processor=LogitsProcessorList(logits_processor or []),
             device=device,
         )
-        rows.append(Row(index, prompt, settings, processors, draws))
+        rows.append(Row(index, prompt, settings, pictures[row], processors, criteria, streamer, draws))
     config.max_length = None
-    return rows, frozenset(ends) - {TokenRoles.of(model.config).end}, config
+    return padded, rows, config
 
 
 def _merged(model: Any, given: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
@@ -296,92 +316,81 @@ def texts_of(rows: list[Row], tokenizer: Any, seconds: float | None) -> Any:
 # ---- images
 
 
-class PromptFeatures:
-    """The image features of each row of the loop, checked at once and encoded when the loop takes them.
-
-    Args:
-        model: encodes and projects. repeats: rows of the loop that show one prompt's images, side by side.
-        pixel_values, image_grid_hws, visual_features: as `generate` takes them.
+def pictures_of(
+    model: Any, prompts: list[list[int]], pixel_values: Any, image_grid_hws: Any, visual_features: Any
+) -> list[list[Picture]]:
+    """The pictures of each prompt, from what `generate` is given.
 
     Raises:
-        ValueError: images that do not fill the rows' image slots exactly, in order.
+        ValueError: images of a wrong shape, or that do not fill the prompts' image slots exactly, in order.
+    """
+    vision = model.config.vision_config
+    merged = math.prod(vision.merge_kernel_size)
+    shape: tuple[int, ...]
+    if visual_features is not None:
+        pictures = [Picture(image, None, len(image)) for image in map(torch.as_tensor, visual_features)]
+        name, shape = "visual_features", (merged * vision.hidden_size,)
+    else:
+        images, sizes = read_images(pixel_values, image_grid_hws)
+        pictures = [Picture(image, size, len(image) // merged) for image, size in zip(images, sizes, strict=True)]
+        name, shape = "pixel_values", (3, vision.patch_size, vision.patch_size)
+    slots = [prompt.count(model.config.image_token_index) for prompt in prompts]
+    shown = images_by_row(slots, [picture.tokens for picture in pictures])
+    for picture in pictures:
+        if picture.patches.shape[1:] != shape:
+            raise ValueError(f"{name}: got an image of {list(picture.patches.shape)}; expected {['n', *shape]}.")
+    return [[pictures[image] for image in row] for row in shown]
+
+
+class Pictures:
+    """The pictures of an engine's rows: equal ones are one, encoded when it takes them, forgotten when none wants it.
+
+    Args:
+        model: encodes and projects. share: whether equal pictures are looked for.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        prompts: list[list[int]],
-        repeats: int,
-        pixel_values: Any,
-        image_grid_hws: Any,
-        visual_features: Any,
-    ):
-        self.model, self.patches_a_pass = model, PATCHES_A_PASS
-        self.sizes: list[tuple[int, int]] = []  # in patches; of features none is asked
-        patches_a_token = 1
-        if visual_features is not None:
-            self.images = [torch.as_tensor(image) for image in visual_features]
-        else:
-            self.images, self.sizes = read_images(pixel_values, image_grid_hws)
-            patches_a_token = math.prod(model.config.vision_config.merge_kernel_size)
-        self.tokens = [len(image) // patches_a_token for image in self.images]
-        same = first_equal(self.images, self.sizes)
-        slots = [prompt.count(model.config.image_token_index) for prompt in prompts]
-        by_prompt = [[same[image] for image in row] for row in images_by_row(slots, self.tokens)]
-        self.of_rows = [images for images in by_prompt for _ in range(repeats)]
-        self.waiting = Counter(chain(*map(set, self.of_rows)))  # rows that have yet to enter, by image
-        self.encoded: dict[int, torch.Tensor] = {}
+    def __init__(self, model: Any, share: bool = True):
+        self.model, self.share, self.patches_a_pass = model, share, PATCHES_A_PASS
+        self.numbers = itertools.count()
+        self.seen: WeakValueDictionary[tuple, Picture] = WeakValueDictionary()  # by fingerprint
 
-    def layout(self, row: int) -> tuple[list[int], list[int]]:
-        """Identity and tokens of each of a row's images; equal images have one identity."""
-        return self.of_rows[row], [self.tokens[image] for image in self.of_rows[row]]
+    def join(self, row: Row) -> None:
+        """A row will take its pictures; those that rows before it show already are theirs."""
+        row.pictures = [self.shared(picture) for picture in row.pictures]
+        for picture in set(row.pictures):
+            picture.wanted += 1
 
-    def take(self, wanted: list[tuple[int, int]]) -> list[torch.Tensor]:
-        """Features `[tokens, hidden]` of each (row of the loop, image tokens to skip)'s images, in order."""
-        images = []
-        for row, skip in wanted:
-            for image, tokens in zip(*self.layout(row), strict=True):
-                if skip <= 0:
-                    images.append(image)
-                skip -= tokens
-        missing = sorted(set(images) - self.encoded.keys())
-        if missing:
-            chosen = [self.images[image] for image in missing]
-            if self.sizes:
-                grids = torch.tensor([self.sizes[image] for image in missing])
-                chosen = self.model.extract_feature(chosen, grids, self.patches_a_pass)
-            self.encoded.update(zip(missing, self.model.project(chosen), strict=True))
-        return [self.encoded[image] for image in images]
+    def shared(self, picture: Picture) -> Picture:
+        if picture.number < 0 and self.share:
+            other = self.seen.setdefault(picture.fingerprint, picture)
+            if other.patches is picture.patches or torch.equal(other.patches, picture.patches):
+                picture = other
+        if picture.number < 0:
+            picture.number = next(self.numbers)
+        return picture
 
-    def release(self, row: int) -> None:
-        """A row has entered: features that no waiting row shows are dropped."""
-        for image in set(self.of_rows[row]):
-            self.waiting[image] -= 1
-            if self.waiting[image] <= 0:
-                self.encoded.pop(image, None)
+    def take(self, wanted: list[tuple[Picture, slice]]) -> list[torch.Tensor]:
+        """Features `[tokens, hidden]`, of each picture those asked for."""
+        missing = dict.fromkeys(picture for picture, _ in wanted if picture.encoded is None)
+        features = {picture: picture.patches for picture in missing}
+        if pixels := [picture for picture in missing if picture.size is not None]:
+            sizes = torch.tensor([picture.size for picture in pixels])
+            encoded = self.model.extract_feature([picture.patches for picture in pixels], sizes, self.patches_a_pass)
+            features.update(zip(pixels, encoded, strict=True))
+        for picture, projected in zip(features, self.model.project([*features.values()]), strict=True):
+            picture.encoded = projected
+        return [picture.encoded[part] for picture, part in wanted]
+
+    def release(self, row: Row) -> None:
+        """A row has entered, or will not: features that no other row wants are dropped."""
+        for picture in set(row.pictures):
+            picture.wanted -= 1
+            if picture.wanted <= 0:
+                picture.encoded = None
 
     def halve(self) -> None:
         """Memory ran out: encode in passes of half the size."""
         self.patches_a_pass = max(1, self.patches_a_pass // 2)
-
-
-def first_equal(images: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
-    """For each tensor, the place of the first one equal to it. Two are compared only if their fingerprints agree.
-
-    Args:
-        sizes: of the images whose patches these are: the same patches may lie in a wide grid or in a high one.
-    """
-    seen: dict[tuple, list[int]] = {}
-    first = []
-    for place, image in enumerate(images):
-        probe = image.flatten()[:: max(1, image.numel() // 4096)].double()
-        size = sizes[place] if sizes else None
-        alike = seen.setdefault((tuple(image.shape), size, float(probe.sum()), float(probe.square().sum())), [])
-        equal = next((other for other in alike if images[other] is image or torch.equal(images[other], image)), place)
-        if equal == place:
-            alike.append(place)
-        first.append(equal)
-    return first
 
 
 def images_by_row(slots: list[int], tokens: list[int]) -> list[list[int]]:

@@ -32,8 +32,9 @@ from .configuration import LocateAnythingConfig, TokenRoles
 from .cuda_graphs import DecodeGraphs  # noqa: F401
 from .decoding import Phase  # noqa: F401
 from .generation import GenerationLoop
-from .inputs import PromptFeatures, check_number, read_call, read_prompts, rows_that_fit, side_by_side, texts_of
+from .inputs import ROWS_A_STEP, Pictures, check_number, read_call, rows_that_fit, side_by_side, texts_of
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, WindowAttention
+from .rows import Row  # noqa: F401
 from .sampling import Sampler  # noqa: F401
 from .vision import ImageFeatures, MoonViTModel, of_flagged, place_of
 
@@ -327,6 +328,33 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         """`[N, hidden]` → `[N, vocabulary]` float32."""
         return self.get_output_embeddings()(hidden_states).float()
 
+    def engine(
+        self,
+        room: int,
+        *,
+        max_batch_rows: int | None = None,
+        most: int = ROWS_A_STEP,
+        decode_graphs: bool | None = None,
+        share_images: bool = True,
+        **options: Any,
+    ) -> GenerationLoop:
+        """An engine for rows of at most `room` tokens, `most` at a time. options: of `GenerationLoop`."""
+        if max_batch_rows is not None:
+            check_number("max_batch_rows", max_batch_rows, whole=True, least=1)
+        device = place_of(self.get_input_embeddings())
+        # accelerate's hooks move tensors about, which cannot be captured
+        capturable = device.type == "cuda" and not any(hasattr(module, "_hf_hook") for module in self.modules())
+        return GenerationLoop(
+            self,
+            Pictures(self, share_images),
+            TokenRoles.of(self.config),
+            slots=min(int(max_batch_rows or 0) or rows_that_fit(self, room, device), most),
+            capacity=room,
+            device=device,
+            graphs=capturable and decode_graphs is not False,
+            **options,
+        )
+
     @torch.no_grad()
     def generate(
         self,
@@ -346,6 +374,8 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         streamer: BaseStreamer | None = None,
         max_batch_rows: int | None = None,
         decode_graphs: bool | None = None,
+        share_images: bool = True,
+        share_prefixes: bool = True,
         tokenizer: Any | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -376,6 +406,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             max_batch_rows: rows decoded at a time, 32 by default, or on CUDA as many as half of the free memory holds;
                 the others wait for a place.
             decode_graphs: capture decode steps as CUDA graphs; by default where the model is on one CUDA device.
+            share_images, share_prefixes: encode equal images once, and compute once what prompts begin with alike.
             tokenizer, verbose: given, the answer is text, as the stock's generate returns it (docs/stock-behaviour.md
                 §6); but with `stop_strings`, which need a tokenizer too, only with `verbose=True`.
 
@@ -395,40 +426,31 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             raise ValueError("generate() got both inputs and input_ids; they are two names of one argument.")
         if verbose and tokenizer is None:
             raise ValueError("verbose=True returns texts and needs tokenizer=; got none.")
-        if max_batch_rows is not None:
-            check_number("max_batch_rows", max_batch_rows, whole=True, least=1)
         # transformers' own stop_strings come with a tokenizer too, and with its contract
         as_text = tokenizer is not None and (verbose or kwargs.get("stop_strings") is None)
-        input_ids = input_ids if inputs is None else inputs
-        padded, prompts = read_prompts(input_ids, attention_mask, self.config, self.pad_token_id)
-        rows, stops, config = read_call(
+        padded, rows, config = read_call(
             self,
-            prompts,
+            input_ids if inputs is None else inputs,
+            attention_mask,
+            (pixel_values, image_grid_hws, visual_features),
             generation_config,
             {**kwargs, "generation_mode": generation_mode, "verify_labels": verify_labels},
             generator=generator,
-            tokenizer=tokenizer if as_text else None,
+            tokenizer=tokenizer,
+            as_text=as_text,
             logits_processor=logits_processor,
-        )
-        if streamer is not None and len(rows) > 1:
-            raise ValueError(f"streamer= follows one row; got {len(rows)}.")
-        repeats, criteria = len(rows) // len(prompts), StoppingCriteriaList(stopping_criteria or [])
-        device = place_of(self.get_input_embeddings())
-        # accelerate's hooks move tensors about, which cannot be captured
-        capturable = device.type == "cuda" and not any(hasattr(module, "_hf_hook") for module in self.modules())
-        GenerationLoop(
-            self,
-            PromptFeatures(self, prompts, repeats, pixel_values, image_grid_hws, visual_features),
-            rows,
-            TokenRoles.of(self.config),
-            slots=int(max_batch_rows or 0) or rows_that_fit(self, max(row.room for row in rows), device),
-            stops=stops,
-            criteria=self._get_stopping_criteria(config, criteria, getattr(tokenizer, "tokenizer", tokenizer)),
+            stopping_criteria=stopping_criteria,
             streamer=streamer,
+        )
+        self.engine(
+            max(row.room for row in rows),
+            max_batch_rows=max_batch_rows,
+            most=len(rows),
             generator=generator if isinstance(generator, torch.Generator) else None,
-            device=device,
-            graphs=capturable and decode_graphs is not False,
-        ).run()
+            decode_graphs=decode_graphs,
+            share_images=share_images,
+            share_prefixes=share_prefixes,
+        ).run(rows)
         errors, as_dict = [row.error for row in rows], config.return_dict_in_generate and not as_text
         if any(errors) and not as_dict:
             logger.warning("generate() ended rows early. " + "; ".join(filter(None, errors)))
@@ -436,7 +458,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             return texts_of(rows, tokenizer, time.perf_counter() - started if verbose else None)
         place = padded.device
         answers = side_by_side([row.answer for row in rows], config.pad_token_id, torch.long, place)
-        sequences = torch.cat([padded.repeat_interleave(repeats, 0), answers], 1)
+        sequences = torch.cat([padded.repeat_interleave(len(rows) // len(padded), 0), answers], 1)
         if not as_dict:
             return sequences
         output = LocateAnythingGenerateOutput(

@@ -58,7 +58,7 @@ class Sampler:
     Args:
         tokens: `[slots, capacity]` long, each row's committed tokens and draft; behind them its first token repeated.
         committed: `[slots]` long, how many tokens of a row are.
-        ends: ids that a row must not take before its least length: the end of turn, null, and the caller's stops.
+        ends: ids that a row must not take before its least length, beside its stops: the end of turn and null.
         generator: draws for every row that has none of its own; None is the global one.
     """
 
@@ -71,7 +71,7 @@ class Sampler:
     def kind(row: Any) -> tuple:
         """Rows whose logits go through the same; one with processors of the caller's is alone."""
         sampling = row.settings.sampling
-        return sampling.samples, sampling, row.index if row.processors else None
+        return sampling.samples, sampling, id(row) if row.processors else None
 
     def choose(
         self, logits: torch.Tensor, rows: list[Any], slots: torch.Tensor
@@ -191,7 +191,17 @@ class Sampler:
         return torch.where(place < lengths[..., None], ids[:, None], ids[:, None, :1]).flatten(0, 1)
 
     def processed(self, logits: torch.Tensor, row: Any, slot: torch.Tensor, line_by_line: bool) -> torch.Tensor:
-        """Logits `[1, width, V]` of a row with processors of the caller's own, which see exactly its tokens."""
+        """Logits `[1, width, V]` of a row with processors of the caller's own, which see exactly its tokens. What one
+        raises ends its row, not the step."""
+        try:
+            return self._processed(logits, row, slot, line_by_line)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            row.raised = error
+            return logits
+
+    def _processed(self, logits: torch.Tensor, row: Any, slot: torch.Tensor, line_by_line: bool) -> torch.Tensor:
         checked = LogitsProcessorList([CheckedProcessor(each, row.index) for each in row.processors])
         warpers = stock_warpers(**vars(row.settings.sampling), between=checked)
         ids = self.tokens[slot, : row.committed + len(row.draft)]  # a copy: processors may write into it
@@ -211,11 +221,11 @@ class Sampler:
         if row.settings.sampling.samples:
             token = draw(self.noise(row, len(lines), probabilities)[-1:], probabilities)
         # a null ends windows only
-        return int(token) == row.draft[len(lines) - 1] and int(token) not in (self.ends[0], *self.ends[2:])
+        return int(token) == row.draft[len(lines) - 1] and int(token) not in (self.ends[0], *row.settings.stops)
 
     def hold_back(self, logits: torch.Tensor, rows: list[Any], lines: int) -> None:
         """Forbids the end in the first `lines` lines of rows that are to grow longer."""
         for place, row in enumerate(rows):
             short = row.settings.least - row.committed
             if short > 0:
-                logits[place, : min(lines, short), self.ends] = float("-inf")
+                logits[place, : min(lines, short), [*self.ends, *row.settings.stops]] = float("-inf")

@@ -490,11 +490,11 @@ def test_calls_leave_nothing_behind():
 
 def test_finished_rows_hold_no_noise(monkeypatch):
     """Of a sampled draft, a row keeps what it will draw with: megabytes a row, at the 3B model's vocabulary."""
-    loops = []
+    ran: list[list] = []
     run = generation.GenerationLoop.run
-    monkeypatch.setattr(generation.GenerationLoop, "run", lambda loop: loops.append(loop) or run(loop))
+    monkeypatch.setattr(generation.GenerationLoop, "run", lambda loop, rows: ran.append(rows) or run(loop, rows))
     batch_of(6, new=5, generation_mode="verified", temperature=0.9).run()
-    assert not any(row.noise for row in loops[0].rows)
+    assert len(ran[0]) == 6 and not any(row.noise for row in ran[0])
 
 
 # ---- load, in small

@@ -171,7 +171,7 @@ class BrokenAdapter:
         forward, decode = GenerationLoop.forward, model.decode
 
         def noting(loop):
-            self.slot = next((s for s, r in enumerate(loop.active) if r.index == index and r.forwards >= step), None)
+            self.slot = next((s for s, r in loop.active.items() if r.index == index and r.forwards >= step), None)
             return forward(loop)
 
         def breaking(embeddings, fed, cache):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locateanything.inputs import first_equal
+from locateanything.inputs import Pictures
 from locateanything.kv_cache import PrefillStep, common_prefix, content_of, in_passes, share_prefixes
+from locateanything.rows import Picture
 from tests.conftest import Batch, cases_of
 
 IMAGE = 9
@@ -67,11 +70,18 @@ def test_passes_respect_the_budget():
     assert [len(group) for group in in_passes(chunks, 10)] == [1] * 5, "one row at least"
 
 
+def numbers_of(images: list[torch.Tensor], sizes: list = ()) -> list[int]:
+    """What tells an engine's pictures apart."""
+    shown = [Picture(image, size, 1) for image, size in zip_longest(images, sizes)]
+    pictures = Pictures(model=None)
+    return [pictures.shared(picture).number for picture in shown]
+
+
 def test_a_wide_and_a_high_picture_of_one_colour_are_two_pictures():
     """Their patches are equal, one after another; where they lie is not."""
     wide, high = torch.ones(6, 3, 14, 14), torch.ones(6, 3, 14, 14)
-    assert first_equal([wide, high], [(2, 3), (3, 2)]) == [0, 1]
-    assert first_equal([wide, high], [(2, 3), (2, 3)]) == [0, 0]
+    assert numbers_of([wide, high], [(2, 3), (3, 2)]) == [0, 1]
+    assert numbers_of([wide, high], [(2, 3), (2, 3)]) == [0, 0]
 
     case = next(c for c in cases_of("shapes") if c["generation_mode"] == "slow" and c["image_grid_hws"] == [[6, 8]])
     batch = Batch("shapes", [case, case])
@@ -92,10 +102,10 @@ def test_a_wide_and_a_high_picture_of_one_colour_are_two_pictures():
 
 def test_equal_images_are_found_by_object_and_by_content():
     one, other = torch.rand(4, 3), torch.rand(4, 3)
-    assert first_equal([one, other, one, other.clone(), one.view(3, 4)]) == [0, 1, 0, 1, 4]
+    assert numbers_of([one, other, one, other.clone(), one.view(3, 4)]) == [0, 1, 0, 1, 2]
     almost = one.clone()
     almost[2, 1] += 1e-6
-    assert first_equal([one, almost]) == [0, 1]
+    assert numbers_of([one, almost]) == [0, 1]
 
 
 class Spy:
