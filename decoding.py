@@ -221,6 +221,22 @@ def accept_next(token: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles) ->
     return Acceptance(token[:, None], torch.ones_like(token), torch.zeros_like(token), phase, finished)
 
 
+def accept_either(
+    probabilities: torch.Tensor, tokens: torch.Tensor, alone: torch.Tensor, hybrid: torch.Tensor, roles: TokenRoles
+) -> Acceptance:
+    """`accept_next` where a row is `alone`, `[R]` bool, else `accept_window`: both on all rows, so that nobody has to
+    ask the device which is which.
+
+    Args:
+        probabilities: `[R, 6, V]` float32. tokens: `[R, 6]` long, their argmax. Of rows that are alone, the first
+            counts.
+    """
+    window = accept_window(window_tokens(probabilities, tokens, hybrid, roles), hybrid, roles)
+    following = accept_next(tokens[:, 0], hybrid, roles)._replace(tokens=tokens)
+    rules = zip(following, window, strict=True)
+    return Acceptance(*(torch.where(alone if one.dim() == 1 else alone[:, None], one, other) for one, other in rules))
+
+
 def verify(
     chosen: torch.Tensor,
     draft: torch.Tensor,

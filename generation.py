@@ -1,42 +1,31 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """The engine: rows join at any time, enter slots, take steps together, and leave when they finish.
 
-A step: schedule (rows enter slots, prompts are cached as far as the step's budgets go, the rows' state goes to the
-device in one copy), forward (one pass of the decoder over their pending tokens and windows), decide (the rules on its
-logits, and one copy to the host), postprocess (tokens join their rows). Rows differ in everything: prompt, images,
-mode, limit, sampling parameters, accepted tokens, finish.
+A step: admit (rows take slots), enter (prompts are cached as far as the step's budgets go), a step of the model runner
+(one pass over the rows' pending tokens and windows, and the rules), postprocess (tokens join their rows). Rows differ
+in everything: prompt, images, mode, limit, sampling parameters, accepted tokens, finish.
 """
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from itertools import chain, groupby, repeat
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from transformers.utils import logging
 
 from .configuration import WINDOW, TokenRoles
-from .cuda_graphs import DecodeGraphs
-from .decoding import Phase, accept_next, accept_window, leave_label, verify, verify_label, window_tokens
-from .kv_cache import DecodeStep, PrefillStep, PromptChunk, SlotKVCache, State, content_of, in_passes, share_prefixes
+from .decoding import Phase
+from .kv_cache import PromptChunk, content_of, in_passes, share_prefixes
+from .model_runner import ModelRunner
 from .rows import Picture, Row
-from .sampling import Sampler
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one chunk at least)
 LEAST_PREFILL_TOKENS = 256  # less is not tried after running out of memory
 ANSWER_PLACES = 256  # of the cache, made ready behind a prompt: most answers are shorter than their limit
 
-EMPTY = State.empty()[1:]
-
 logger = logging.get_logger(__name__)
-
-
-def packs(device: torch.device) -> bool:
-    """Whether steps leave unused cells out: on CPU arithmetic is what costs, elsewhere the copy that counts them."""
-    return device.type == "cpu"
 
 
 class GenerationLoop:
@@ -68,17 +57,17 @@ class GenerationLoop:
         step_tokens: int = sys.maxsize,
         step_patches: int = sys.maxsize,
     ):
-        self.model, self.pictures, self.roles = model, pictures, roles
+        self.pictures, self.roles = pictures, roles
         self.waiting: deque[Row] = deque()
         self.active: dict[int, Row] = {}  # by slot, in the order they came
-        self.device, self.graphs, self.packed = device, graphs, packs(device) and not graphs
         self.slots, self.share_prefixes = slots, share_prefixes
         self.step_tokens, self.step_patches, self.pass_tokens = step_tokens, step_patches, PREFILL_TOKENS
-        # Places behind a row's tokens and draft repeat its first one, so that penalties see no token it lacks.
-        self.tokens = torch.zeros(slots, capacity + 1 + WINDOW, dtype=torch.long, device=device)
-        self.state = torch.zeros(slots, State.WIDTH, dtype=torch.long, device=device)
-        self.sampler = Sampler(self.tokens, self.state[:, State.COMMITTED], [roles.end, roles.null], generator)
-        self.empty_cache()
+        self.device = device
+        self.runner = ModelRunner(
+            model, roles, slots=slots, capacity=capacity, device=device, generator=generator, graphs=graphs
+        )
+        self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold, or will when cached
+        self.written = [0] * slots  # how far the last row of a slot wrote
 
     # ---- rows in, steps, rows out
 
@@ -104,16 +93,18 @@ class GenerationLoop:
 
     def step(self) -> list[Row]:
         """One step of all rows that have a slot. Returns those that finished in it, with an error or without."""
-        rewind = self.sampler.rewinder([])
+        rewind = self.runner.sampler.rewinder([])
         try:
-            rows = self.schedule()
-            rewind = self.sampler.rewinder(rows)
-            decided = self.decide(rows, self.forward()) if rows else []
+            self.admit()
+            self.enter()
+            decoding = [row for row in self.active.values() if row.entered]
+            rewind = self.runner.sampler.rewinder(decoding)
+            decided = self.runner.step(self.active) if decoding else []
         except torch.OutOfMemoryError as error:
             rewind()
             return self.halve(error)
         # not tried again: a row's draw is spent once the row beside it, a criterion or a streamer has its own
-        for row, told in zip(rows, decided, strict=True):
+        for row, *told in decided:
             try:
                 self.postprocess(row, *told)
                 if row.finish_reason and row.streamer is not None:
@@ -140,25 +131,9 @@ class GenerationLoop:
         return rows
 
     def close(self) -> None:
-        """Gives the memory back now: a traceback may outlive the call, and the loop's parts refer to each other."""
-        self.cache.layers.clear()
-        del self.cache, self.run_step, self.sampler
+        self.runner.close()
 
     # ---- memory
-
-    def empty_cache(self) -> None:
-        self.cache = SlotKVCache(0, 0)
-        self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold, or will when cached
-        self.written = [0] * self.slots  # how far the last row of a slot wrote
-        self.run_step: Callable[..., torch.Tensor] = self.compute
-
-    def reserve(self, places: int) -> None:
-        """Room in the cache for that many places of each slot in use."""
-        version, slots = self.cache.version, min(self.slots, 1 << max(self.active).bit_length())
-        self.cache.reserve(slots, places)
-        if self.graphs and self.cache.version != version:  # they hold the addresses of this cache
-            slots, capacity = min(self.cache.slots, self.slots), self.cache.places - 1
-            self.run_step = DecodeGraphs(self.compute, slots=slots, capacity=capacity)
 
     def halve(self, error: torch.OutOfMemoryError) -> list[Row]:
         """Goes on with half the slots and half the prompt tokens and patches a pass. Unfinished rows wait again, with
@@ -179,40 +154,26 @@ class GenerationLoop:
             row.leave_memory()
         self.waiting.extendleft(reversed(self.active.values()))
         self.active = {}
-        self.empty_cache()
-        torch.cuda.empty_cache()  # nothing, where CUDA was never used
+        self.runner.empty_cache()
+        self.residents, self.written = {}, [0] * self.slots
         return failed
 
     # ---- schedule
-
-    def schedule(self) -> list[Row]:
-        """Rows enter; the device gets the state of those that decode. Returns them, those of one phase side by side,
-        and in it those of one kind (`Sampler.kind`)."""
-        self.admit()
-        self.enter()
-        kinds: dict[tuple, list[int]] = {}
-        for slot, row in sorted(self.active.items()):
-            if row.entered:
-                kinds.setdefault((row.phase, *Sampler.kind(row)), []).append(slot)
-        order = [slot for _, slots in sorted(kinds.items(), key=lambda kind: kind[0][:2]) for slot in slots]
-        slots = [self.active[slot].state if slot in self.active else EMPTY for slot in range(len(self.state))]
-        state = [[taken, *columns] for taken, columns in zip(chain(order, repeat(0)), slots, strict=False)]
-        self.state.copy_(torch.tensor(state))
-        return [self.active[slot] for slot in order]
 
     def admit(self) -> None:
         """Waiting rows take free slots; where none waits, the last rows close the gaps. No more are admitted than a
         step's budget may cache: the others lose nothing by waiting where they can still be cancelled for nothing."""
         room = self.step_tokens - sum(len(row.content) - row.cached for row in self.active.values() if not row.entered)
+        taken: dict[int, Row] = {}
         for slot in range(self.slots):
             if slot in self.active or not self.waiting or room <= 0:
                 continue
-            row = self.active[slot] = self.waiting.popleft()
+            row = self.active[slot] = taken[slot] = self.waiting.popleft()
             images = [picture.number for picture in row.pictures], [picture.tokens for picture in row.pictures]
             row.content = content_of(row.tokens[:-1], self.roles.image, *images)
             room -= row.committed
-            self.tokens[slot] = row.tokens[0]
-            self.tokens[slot, : row.committed] = torch.tensor(row.tokens, device=self.device)
+        if taken:
+            self.runner.write_tokens(taken)
         if self.waiting:
             return
         for slot in range(len(self.active)):
@@ -222,10 +183,9 @@ class GenerationLoop:
     def move(self, source: int, target: int) -> None:
         """A row goes on in a free slot; what it leaves is there until somebody enters."""
         row = self.active[target] = self.active.pop(source)
-        self.tokens[target] = self.tokens[source]
+        self.runner.move(source, target, row.cached)
         if row.cached or row.entered:
-            self.cache.move(source, target, row.cached)
-            self.cache.clear(target, row.cached, self.written[target])
+            self.runner.cache.clear(target, row.cached, self.written[target])
             self.residents[target] = self.residents[source]
             self.vacate(source, row)
 
@@ -251,7 +211,8 @@ class GenerationLoop:
         entering = {slot: row for slot, row in self.active.items() if not row.entered}
         if not entering:
             return
-        self.reserve(max(min(row.room, row.committed + ANSWER_PLACES) for row in entering.values()))
+        places = max(min(row.room, row.committed + ANSWER_PLACES) for row in entering.values())
+        self.runner.reserve(max(self.active), places)
         self.tokens_left, self.patches_left = self.step_tokens, self.step_patches
         chosen: set[Picture] = set()  # to be encoded in this step
         begun = [PromptChunk(slot, row.cached, len(row.content), slot) for slot, row in entering.items() if row.cached]
@@ -288,7 +249,7 @@ class GenerationLoop:
                 donor = self.active.get(chunk.donor)
                 if chunk.donor != chunk.slot and donor is not None and donor.cached < chunk.start:
                     continue
-                if chunk.donor in anew or not self.cache.is_finite(chunk.donor, chunk.start):
+                if chunk.donor in anew or not self.runner.cache.is_finite(chunk.donor, chunk.start):
                     chunk = PromptChunk(chunk.slot, 0, chunk.stop)
                     anew.add(chunk.slot)  # which does not hold what it held any more
             yield chunk
@@ -319,9 +280,9 @@ class GenerationLoop:
         row = self.active[chunk.slot]
         if not row.cached:
             kept = chunk.start if chunk.donor == chunk.slot else 0
-            self.cache.clear(chunk.slot, kept, self.written[chunk.slot])
+            self.runner.cache.clear(chunk.slot, kept, self.written[chunk.slot])
             if chunk.start > kept:
-                self.cache.move(chunk.donor, chunk.slot, chunk.start)
+                self.runner.cache.move(chunk.donor, chunk.slot, chunk.start)
             self.residents[chunk.slot], row.cached = row.content, chunk.start
 
     def prefill(self, chunks: list[PromptChunk]) -> None:
@@ -330,91 +291,9 @@ class GenerationLoop:
         fed = [row.features(chunk.start, chunk.stop) for row, chunk in zip(rows, chunks, strict=True)]
         features = self.pictures.take([part for parts in fed for part in parts])
         own = [row.content[chunk.start : chunk.stop] < 0 for row, chunk in zip(rows, chunks, strict=True)]
-        shown = torch.from_numpy(np.concatenate(own)).to(self.device)
-        step = PrefillStep(chunks, self.device)
-        embeddings = self.model.embed_prompt(self.tokens[step.slots, step.offsets], features, shown)
-        # asked for only if the row fails
-        finite = embeddings.isfinite().all(-1) | ~shown.to(embeddings.device)
-        for row, sound in zip(rows, finite.split(step.lengths), strict=True):
-            row.sound = sound.all() if row.sound is None else row.sound & sound.all()
-        self.model.decode(embeddings, step, self.cache)
-
-    # ---- forward
-
-    def forward(self) -> torch.Tensor:
-        """One pass of the decoder over the rows that decode: `[R, Q, hidden]`, by slot, in the grid of a
-        `DecodeStep`."""
-        decoding = {slot: row for slot, row in self.active.items() if row.entered}
-        windows = any(row.phase != Phase.AR for row in decoding.values())
-        pending = [len(row.pending) for row in decoding.values()]
-        longest = max(row.cached + fed for row, fed in zip(decoding.values(), pending, strict=True)) + WINDOW * windows
-        self.reserve(longest)
-        with torch.cuda.device_of(self.state):  # a graph is captured and replayed on the current device
-            return self.run_step(max(decoding) + 1, max(pending), windows, longest)
-
-    def compute(self, rows: int, pending: int, windows: bool, longest: int) -> torch.Tensor:
-        """The pass itself, a function of the state on the device and of these shapes only: CUDA graphs capture it."""
-        state = self.state[:rows]
-        place = state[:, State.CACHED, None] + torch.arange(WINDOW, device=self.device)
-        self.tokens[:rows].scatter_(1, place, state[:, State.PENDING :])
-        step = DecodeStep(state, pending=pending, windows=windows, longest=longest, packed=self.packed)
-        ids = self.tokens[step.slots, step.positions.squeeze(0)].masked_fill(step.masked, self.roles.mask)
-        hidden = self.model.decode(self.model.embed_prompt(ids, []), step, self.cache)
-        return step.to_grid(hidden.to(self.device))
-
-    # ---- decide
-
-    def decide(self, rows: list[Row], hidden: torch.Tensor) -> list[tuple[list[int], list[float]]]:
-        """The decoding rules, phase by phase. Returns of each row what `accept` tells: numbers, log-probabilities."""
-        groups = [list(group) for _, group in groupby(rows, lambda row: row.phase)]
-        slots = self.state[: len(rows), State.ORDER].split([len(group) for group in groups])
-        read = [self.read(hidden, group, at) for group, at in zip(groups, slots, strict=True)]
-        # one call of the head, which reads more weights than a layer
-        logits = self.model.logits(torch.cat([lines.flatten(0, 1) for lines in read])).to(self.device, torch.float32)
-        parts = logits.split([lines.shape[0] * lines.shape[1] for lines in read])
-        parts = [part.unflatten(0, lines.shape[:2]) for part, lines in zip(parts, read, strict=True)]
-        told = torch.cat([self.accept(*each) for each in zip(parts, groups, slots, strict=True)]).cpu()
-        scores = told[:, -WINDOW:].int().view(torch.float32)
-        return list(zip(told[:, :-WINDOW].tolist(), scores.tolist(), strict=True))
-
-    def read(self, hidden: torch.Tensor, rows: list[Row], slots: torch.Tensor) -> torch.Tensor:
-        """`[R, lines, hidden]`, what the rules of these rows' phase read: the window, or behind the last committed
-        token and each of the draft, or (a draft) both, one after the other."""
-        if rows[0].phase == Phase.MTP:
-            return hidden[slots, -WINDOW:]
-        last = self.state[slots, State.COMMITTED] - self.state[slots, State.CACHED] - 1
-        column = last[:, None] + torch.arange(1 + max(len(row.draft) for row in rows), device=self.device)
-        causal = hidden[slots[:, None], column.clamp(max=hidden.shape[1] - 1)]
-        return causal if rows[0].phase == Phase.AR else torch.cat([causal, hidden[slots, -WINDOW:]], 1)
-
-    def accept(self, logits: torch.Tensor, rows: list[Row], slots: torch.Tensor) -> torch.Tensor:
-        """`[R, lines, V]` of rows of one phase → `[R, 22]` long: 11 tokens, how many of them are accepted, how many
-        drafted, the next phase, whether the row is finished, the fault of one that accepts nothing (sampling.py), and
-        the bits of six log-probabilities: the accepted tokens', under the distributions they were accepted from."""
-        hybrid, labels = (self.state[slots, column].bool() for column in (State.HYBRID, State.LABELS))
-        by_label = any(row.settings.verify_labels for row in rows)
-        if rows[0].phase == Phase.VERIFIED:
-            lines = logits[:, :-WINDOW], logits[:, -WINDOW:]
-            probabilities, chosen, faults, window, candidates = self.sampler.choose_verified(*lines, rows, slots)
-            committed, drafted = self.state[slots, State.COMMITTED], self.state[slots, State.DRAFTED]
-            place = committed[:, None] + torch.arange(chosen.shape[1] - 1, device=self.device)
-            # a fault behind tokens of a draft comes to light once they are committed
-            sound = (faults == 0).long().cumprod(-1).sum(-1)
-            tokens = window_tokens(window, candidates, torch.zeros_like(hybrid), self.roles)
-            accepted = verify(chosen, self.tokens[slots].gather(1, place), drafted, tokens, sound, self.roles)
-            accepted, faults = leave_label(accepted, labels, self.roles) if by_label else accepted, faults[:, 0]
-        else:
-            probabilities, tokens, faults = self.sampler.choose(logits, rows, slots)
-            if rows[0].phase == Phase.AR:
-                accepted = accept_next(tokens[:, 0], hybrid, self.roles)
-            else:
-                tokens = window_tokens(probabilities, tokens, hybrid, self.roles)
-                accepted = accept_window(tokens, hybrid, self.roles)
-                accepted = verify_label(accepted, labels, self.roles) if by_label else accepted
-        tokens, *numbers = accepted
-        scores = probabilities.gather(-1, tokens[:, : probabilities.shape[1], None]).squeeze(-1).log()
-        tokens, scores = (F.pad(x, (0, n - x.shape[1])) for x, n in ((tokens, 2 * WINDOW - 1), (scores, WINDOW)))
-        return torch.cat([tokens, torch.stack([*numbers, faults], 1), scores.view(torch.int32)], 1)
+        sound = self.runner.prefill(chunks, features, torch.from_numpy(np.concatenate(own)))
+        for row, finite in zip(rows, sound, strict=True):  # asked for only if the row fails
+            row.sound = finite if row.sound is None else row.sound & finite
 
     # ---- postprocess
 

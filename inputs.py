@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from .configuration import WINDOW, LocateAnythingConfig, TokenRoles
+from .cuda_graphs import kept_bytes
 from .rows import Picture, Row, RowSettings
 from .sampling import SamplingParameters
 from .vision import PATCHES_A_PASS, place_of, read_images
@@ -277,7 +278,8 @@ def rows_that_fit(model: Any, tokens: int, device: torch.device) -> int:
     text = model.config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = tokens * 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * model.dtype.itemsize
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # what torch holds and does not use, and what waits for this call
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + kept_bytes(model)
     free = torch.cuda.mem_get_info(device)[0] + unused
     return max(1, min(ROWS_A_STEP, int(free // 2 // size)))
 

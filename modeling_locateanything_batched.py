@@ -29,11 +29,12 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 # 4.57 copies from a local folder only what the entry file itself imports: name every remote-code file here.
 from .answers import DegenerateAnswerCriteria
 from .configuration import LocateAnythingConfig, TokenRoles
-from .cuda_graphs import DecodeGraphs  # noqa: F401
+from .cuda_graphs import release
 from .decoding import Phase  # noqa: F401
 from .generation import GenerationLoop
 from .inputs import ROWS_A_STEP, Pictures, check_number, read_call, rows_that_fit, side_by_side, texts_of
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, WindowAttention
+from .model_runner import ModelRunner  # noqa: F401
 from .rows import Row  # noqa: F401
 from .sampling import Sampler  # noqa: F401
 from .vision import ImageFeatures, MoonViTModel, of_flagged, place_of
@@ -342,8 +343,6 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         if max_batch_rows is not None:
             check_number("max_batch_rows", max_batch_rows, whole=True, least=1)
         device = place_of(self.get_input_embeddings())
-        # accelerate's hooks move tensors about, which cannot be captured
-        capturable = device.type == "cuda" and not any(hasattr(module, "_hf_hook") for module in self.modules())
         return GenerationLoop(
             self,
             Pictures(self, share_images),
@@ -351,9 +350,15 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             slots=min(int(max_batch_rows or 0) or rows_that_fit(self, room, device), most),
             capacity=room,
             device=device,
-            graphs=capturable and decode_graphs is not False,
+            graphs=decode_graphs is not False,
             **options,
         )
+
+    def release_memory(self) -> None:
+        """Gives back what CUDA graphs keep for the next call of generate: the KV cache, and the graphs themselves.
+
+        Moving the weights, switching an adapter, or running out of memory in generate does so too."""
+        release(self)
 
     @torch.no_grad()
     def generate(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,9 @@ class OnDevice(torch.Tensor):
             PretendDevice.current.note(TO_DEVICE, "a number written")
         super().__setitem__(index, value)
 
+    def data_ptr(self):
+        return self.held.data_ptr()
+
     def tolist(self):
         return self.cpu().tolist()
 
@@ -140,10 +144,40 @@ def described(tensors: list[torch.Tensor]) -> tuple[tuple, ...]:
     return tuple((each.shape, each.stride(), each.dtype) for each in tensors)
 
 
+def launches(function: Any) -> bool:
+    """Whether it is a kernel; a view is none."""
+    return not getattr(function, "is_view", False) and function not in NO_KERNEL
+
+
 def place() -> str:
     """The lines of the project that lead here, the innermost first."""
     frames = (frame for frame in reversed(traceback.extract_stack()) if Path(frame.filename).parent == ROOT)
     return " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in list(frames)[:3])
+
+
+@torch.no_grad()
+def replayed(tape: list[tuple]) -> None:
+    """Does recorded operations again; their results go where the first ones are."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        for function, args, kwargs, before in tape:
+            now = function(*args, **kwargs)
+            for old, new in zip(tensors_of(before), tensors_of(now), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Tape(TorchDispatchMode):
+    """A capture without a device: `replayed(tape.operations)` does on the CPU what was done inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations: list[tuple] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if launches(function):
+            self.operations.append((function, args, kwargs or {}, result))
+        return result
 
 
 class Attention(TorchFunctionMode):
@@ -256,7 +290,7 @@ class PretendDevice(TorchDispatchMode):
         """The operation itself; what comes out lies on the device."""
         args, kwargs = mapped(held, args), mapped(held, kwargs)
         result = function(*args, **kwargs)
-        if not getattr(function, "is_view", False) and function not in NO_KERNEL:
+        if launches(function):
             self.operations.append(Operation(getattr(function, "__name__", str(function)), described(tensors)))
             if self.tape is not None:
                 self.tape.append((function, args, kwargs, result))
@@ -276,16 +310,7 @@ class PretendDevice(TorchDispatchMode):
         finally:
             self.tape = None
 
-        @torch.no_grad()
-        def replay() -> None:
-            with _disable_current_modes(), torch._C.DisableTorchFunction():
-                for function, args, kwargs, before in tape:
-                    now = function(*args, **kwargs)
-                    for old, new in zip(tensors_of(before), tensors_of(now), strict=True):
-                        if old.data_ptr() != new.data_ptr():
-                            old.copy_(new)
-
-        return replay, result
+        return functools.partial(replayed, tape), result
 
     # ---- moving
 

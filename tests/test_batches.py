@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import locateanything.generation as generation
+import locateanything.model_runner as model_runner
 from tests.conftest import Batch, cases_of, recorded_cases
 from tests.test_cuda_graphs import simulate_graphs
 
@@ -70,7 +70,7 @@ def test_a_row_does_not_depend_on_its_batch(name, rows, slots, layout):
     """Tokens, phases, reasons and forwards are equal, scores as near as float32 products of other shapes are."""
     with pytest.MonkeyPatch.context() as patch:
         if layout == "grid":
-            patch.setattr(generation, "packs", lambda device: False)
+            patch.setattr(model_runner, "packs", lambda device: False)
         if layout == "graphs":
             simulate_graphs(patch)
         together = run(name, rows, max_batch_rows=slots)

@@ -15,6 +15,7 @@ from locateanything.decoding import (
     Acceptance,
     Phase,
     StockTopPLogitsWarper,
+    accept_either,
     accept_next,
     accept_window,
     draw,
@@ -352,6 +353,23 @@ def test_what_follows_any_next_token():
         assert result.finished.tolist() == [token not in goes_on for token in tokens]
         windows = [hybrid and token == END_BOX for token in tokens]
         assert result.phase.tolist() == [Phase.MTP if window else Phase.AR for window in windows]
+
+
+def test_either_rule_is_the_one_of_the_rows_phase():
+    generator = torch.Generator().manual_seed(1)
+    kinds = torch.tensor([BOX, END_BOX, REF, END_REF, NONE, NULL, END, 5, coordinate(1), coordinate(900)])
+    p = torch.rand(400, 6, VOCABULARY, generator=generator) * 0.001
+    p.scatter_(2, kinds[torch.randint(len(kinds), (400, 6, 1), generator=generator)], 1.0)
+    p, tokens = p / p.sum(-1, keepdim=True), p.argmax(-1)
+    alone, hybrid = torch.rand(2, 400, generator=generator) < 0.5
+    either = accept_either(p, tokens, alone, hybrid, ROLES)
+    window = accept_window(window_tokens(p, tokens, hybrid, ROLES), hybrid, ROLES)
+    following = accept_next(tokens[:, 0], hybrid, ROLES)
+    for row in range(400):
+        rule = following if alone[row] else window
+        length = int(rule.lengths[row])
+        assert either.tokens[row, :length].tolist() == rule.tokens[row, :length].tolist()
+        assert [part[row] for part in either[1:]] == [part[row] for part in rule[1:]]
 
 
 @given(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from transformers import modeling_flash_attention_utils as flash
 
-import locateanything.cuda_graphs as cuda_graphs
 from locateanything.inputs import rows_that_fit
 from locateanything.kv_cache import DecodeStep, State, zeros
 from tests.conftest import Batch, cases_of, model_of
@@ -65,83 +63,6 @@ def test_shared_prefixes_are_read_from_the_cache(kernel, monkeypatch):
     monkeypatch.setattr(batch.model.config.text_config, "_attn_implementation_internal", "flash_attention_2")
     assert batch.answers(batch.run()) == batch.expected()
     assert 0 < len(kernel) < 2 * batch.model.config.text_config.num_hidden_layers
-
-
-# ---- CUDA graphs
-
-
-class Driver:
-    """Notes what a capture asks of torch.cuda."""
-
-    def __init__(self, monkeypatch, events):
-        self.events, self.current = events, "main"
-
-        class Stream:
-            def __init__(stream, name="side"):
-                stream.name = name
-
-            def wait_stream(stream, other):
-                events.append(f"{stream.name} waits for {other.name}")
-
-        class Graph:
-            def pool(graph):
-                return "pool"
-
-            def replay(graph):
-                events.append("replay")
-
-        @contextlib.contextmanager
-        def stream(side):
-            before, self.current = self.current, side.name
-            yield
-            self.current = before
-
-        @contextlib.contextmanager
-        def capturing(graph, pool, capture_error_mode):
-            assert capture_error_mode == "thread_local", "another thread's work must not break it"
-            events.append(f"capture into {pool}")
-            yield
-            events.append("captured")
-
-        for name, stand_in in {
-            "Stream": Stream,
-            "current_stream": lambda: Stream("main"),
-            "stream": stream,
-            "CUDAGraph": Graph,
-            "graph": capturing,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, stand_in)
-
-
-def test_a_capture_warms_up_beside_and_shares_a_pool(monkeypatch):
-    events: list[str] = []
-    driver = Driver(monkeypatch, events)
-    hidden = torch.arange(12.0).view(2, 3, 2)
-
-    def compute(rows, pending, windows, longest):
-        events.append(f"compute {rows} on {driver.current}")
-        return hidden[:rows]
-
-    graphs = cuda_graphs.DecodeGraphs(compute, slots=4, capacity=1024)
-    assert torch.equal(graphs(1, 6, True, 100), hidden[:1])
-    warm_up = ["side waits for main", *["compute 1 on side"] * cuda_graphs.WARM_UP_STEPS, "main waits for side"]
-    assert events == [*warm_up, "capture into None", "compute 1 on main", "captured", "replay"]
-    events.clear()
-    graphs(1, 6, True, 100)
-    assert events == ["replay"]
-    graphs(2, 6, True, 100)
-    assert "capture into pool" in events
-
-
-def test_out_of_memory_in_a_capture_is_the_loops_to_handle(monkeypatch):
-    def capture(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(cuda_graphs, "capture_graph", capture)
-    graphs = cuda_graphs.DecodeGraphs(lambda *shape: None, slots=4, capacity=1024)
-    with pytest.raises(torch.OutOfMemoryError):
-        graphs(1, 6, True, 100)
-    assert graphs.works
 
 
 # ---- memory and devices

@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import locateanything.generation as generation
+import locateanything.model_runner as model_runner
 import locateanything.sampling as sampling
 from benchmarks import load
 from benchmarks.common import resident
@@ -75,7 +76,7 @@ def operations(batch: Batch, **options) -> int:
 def test_out_of_memory_at_any_operation(monkeypatch, packed):
     """Every stage allocates: whichever operation fails, answers are right, or the error is this one."""
     if not packed:
-        monkeypatch.setattr(generation, "packs", lambda device: False)
+        monkeypatch.setattr(model_runner, "packs", lambda device: False)
     batch = batch_of(5, new=6)
     expected, options = alone(batch), {"max_batch_rows": 3}
     places = operations(batch, **options)
@@ -98,16 +99,16 @@ def test_sampled_rows_draw_the_same_again(monkeypatch):
     """Between a row's draw and its acceptance, memory runs out: its generator goes back."""
     batch = batch_of(4, new=8, temperature=0.9)
     expected = alone(batch)
-    decide, calls = generation.GenerationLoop.decide, []
+    runs, calls = model_runner.ModelRunner.step, []
 
-    def short(loop, *args):
-        decided = decide(loop, *args)
+    def short(runner, *args):
+        decided = runs(runner, *args)
         calls.append(None)
         if len(calls) in (2, 4, 5):
             raise torch.OutOfMemoryError("injected")
         return decided
 
-    monkeypatch.setattr(generation.GenerationLoop, "decide", short)
+    monkeypatch.setattr(model_runner.ModelRunner, "step", short)
     assert strip(batch, batch.run()) == expected and len(calls) > 5
 
 
@@ -143,7 +144,7 @@ def test_a_draft_lost_to_memory_changes_no_draw(monkeypatch, mode):
 @pytest.mark.parametrize("number", [2, 3])
 def test_rows_share_no_numbers_of_a_common_generator(monkeypatch, number):
     """Put back because memory ran out, it gives again what it gave; so what lay ready with a row must be gone."""
-    draw, spend, decide = sampling.draw, generation.Row.spend_noise, generation.GenerationLoop.decide
+    draw, spend, runs = sampling.draw, generation.Row.spend_noise, model_runner.ModelRunner.step
     step, drawn, spent, calls = [], set(), set(), []
 
     def first(lines: torch.Tensor) -> list[tuple]:
@@ -157,8 +158,8 @@ def test_rows_share_no_numbers_of_a_common_generator(monkeypatch, number):
         spent.update(first(torch.cat([noise for noise, _ in row.noise[:tokens]])) if row.noise else [])
         spend(row, tokens)
 
-    def short(loop, *args):
-        decided = decide(loop, *args)
+    def short(runner, *args):
+        decided = runs(runner, *args)
         calls.append(None)
         if len(calls) == number:
             step.clear()
@@ -169,7 +170,7 @@ def test_rows_share_no_numbers_of_a_common_generator(monkeypatch, number):
 
     monkeypatch.setattr(sampling, "draw", drawing)
     monkeypatch.setattr(generation.Row, "spend_noise", spending)
-    monkeypatch.setattr(generation.GenerationLoop, "decide", short)
+    monkeypatch.setattr(model_runner.ModelRunner, "step", short)
     batch = batch_of(6)
     settings = {"generation_mode": ["slow", "verified"] * 3, "temperature": 1.2, "max_new_tokens": 40}
     batch.model.generate(**batch.inputs, **settings, generator=torch.Generator().manual_seed(5))
@@ -344,7 +345,7 @@ def test_what_a_processor_writes_into_its_arguments_stays_there(monkeypatch, pac
             return processed
 
     if not packed:
-        monkeypatch.setattr(generation, "packs", lambda device: False)
+        monkeypatch.setattr(model_runner, "packs", lambda device: False)
     batch = batch_of(8)
     expected = strip(batch, batch.run())
     assert strip(batch, batch.run(logits_processor=[Scribbles()])) == expected
@@ -442,13 +443,7 @@ def caches(monkeypatch):
     gc.enable()
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_the_cache_goes_with_the_call(caches, monkeypatch, graphs):
-    if graphs:  # as far as a CPU goes: a captured step holds on to what computes it
-        init = generation.GenerationLoop.__init__
-        monkeypatch.setattr(
-            generation.GenerationLoop, "__init__", lambda *args, **kw: init(*args, **{**kw, "graphs": True})
-        )
+def test_the_cache_goes_with_the_call(caches):
     batch = batch_of(4)
     batch.run()
     batch.run(max_batch_rows=1)

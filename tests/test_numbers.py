@@ -11,10 +11,10 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-import locateanything.generation as generation
 import locateanything.kv_cache as kv_cache
-from locateanything.generation import GenerationLoop
+import locateanything.model_runner as model_runner
 from locateanything.kv_cache import DecodeStep, PrefillStep, SlotKVCache
+from locateanything.model_runner import ModelRunner
 from tests.conftest import Batch, cases_of, tokenizer_of
 
 MODES = ["fast", "slow", "hybrid", "verified"]
@@ -64,7 +64,7 @@ def limits(batch: Batch, bad: int, tokens: int) -> list[int]:
 @pytest.fixture(params=[True, False], ids=["packed", "grid"])
 def layout(request, monkeypatch):
     if not request.param:
-        monkeypatch.setattr(generation, "packs", lambda device: False)
+        monkeypatch.setattr(model_runner, "packs", lambda device: False)
 
 
 # ---- a picture
@@ -121,7 +121,7 @@ def begin_with(case: dict, words: int) -> dict:
 
 def test_cells_that_a_row_does_not_use_hold_nothing_for_the_next(monkeypatch):
     """Row 1 takes a next-token step beside a window, so cells of it are unused; rows 2 and 3 leave none unused."""
-    monkeypatch.setattr(generation, "packs", lambda device: False)
+    monkeypatch.setattr(model_runner, "packs", lambda device: False)
     cases = [begin_with(case, 30) for case in pictures(4, max_new_tokens=7, generation_mode="slow").cases]
     cases[0] |= {"generation_mode": "fast", "max_new_tokens": 1}
     batch = Batch("shapes", cases)
@@ -168,18 +168,18 @@ class BrokenAdapter:
 
     def __init__(self, monkeypatch, model, index: int, step: int, value: float):
         self.slot = None
-        forward, decode = GenerationLoop.forward, model.decode
+        run, decode = ModelRunner.step, model.decode
 
-        def noting(loop):
-            self.slot = next((s for s, r in loop.active.items() if r.index == index and r.forwards >= step), None)
-            return forward(loop)
+        def noting(runner, active):
+            self.slot = next((s for s, row in active.items() if row.index == index and row.forwards >= step), None)
+            return run(runner, active)
 
         def breaking(embeddings, fed, cache):
             if isinstance(fed, DecodeStep) and self.slot is not None:
                 embeddings = embeddings.masked_fill((fed.slots == self.slot)[:, None], value)
             return decode(embeddings, fed, cache)
 
-        monkeypatch.setattr(GenerationLoop, "forward", noting)
+        monkeypatch.setattr(ModelRunner, "step", noting)
         monkeypatch.setattr(model, "decode", breaking)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -27,19 +28,21 @@ def on(device: PretendDevice, name: str, cases: list[dict]) -> Batch:
     return batch
 
 
-def with_graphs(device: PretendDevice, patch: pytest.MonkeyPatch) -> list[tuple]:
-    """Steps are captured and replayed by the device. Returns the list of shapes captured from now on."""
+def with_graphs(device: PretendDevice, patch: pytest.MonkeyPatch, uses: int = 1) -> list[tuple]:
+    """Steps are captured, when a shape has so many uses, and replayed by the device. Returns the list of shapes that
+    are captured from now on."""
     captured = []
 
-    def capture(graphs, shape):
+    def capture(graphs, compute, shape):
         for _ in range(cuda_graphs.WARM_UP_STEPS):
-            graphs.compute(*shape)
+            compute(*shape)
         captured.append(shape)
-        return device.capture(lambda: graphs.compute(*shape))
+        return device.capture(lambda: compute(*shape))
 
     patch.setattr(cuda_graphs, "capture_graph", capture)
-    init = GenerationLoop.__init__
-    patch.setattr(GenerationLoop, "__init__", lambda *args, **kwargs: init(*args, **{**kwargs, "graphs": True}))
+    patch.setattr(cuda_graphs, "capturable", lambda model, device: True)
+    patch.setattr(cuda_graphs, "WORTH_CAPTURING", uses)
+    patch.setattr(cuda_graphs, "_kept", WeakKeyDictionary())
     return captured
 
 
