@@ -5,6 +5,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -185,8 +186,7 @@ class GroundingMixin:
         rows = _id_rows(outputs, "outputs")
         if log_probs is not None and (len(log_probs) != len(rows) or log_probs.shape[-1] > min(map(len, rows))):
             raise ValueError(f"outputs: got token_log_probs {list(log_probs.shape)} of other sequences.")
-        added = self.tokenizer.added_tokens_decoder.items()
-        marks = {index: KINDS[token.content] for index, token in added if token.content in KINDS}
+        marks = _marks(self.tokenizer, len(self.tokenizer))
         kinds = [[marks.get(index, WORD) for index in ids] for ids in rows]
         sizes, classes = _sizes(target_sizes, len(rows)), _classes(queries, len(rows))
         lines = [None] * len(rows) if log_probs is None else log_probs.tolist()
@@ -230,6 +230,13 @@ class GroundingMixin:
             xs, ys = sorted(width * x / 1000 for x in corners[::2]), sorted(height * y / 1000 for y in corners[1::2])
             place = tuple(chain.from_iterable(zip(xs, ys, strict=True)))
             yield place, {**label, "scores": score(inside), "images": image}
+
+
+@lru_cache(maxsize=8)
+def _marks(tokenizer: Any, size: int) -> dict[int, int]:
+    """The ids that have a kind. size: of the vocabulary, as listing it takes as long as reading a hundred answers."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {index: KINDS[token.content] for index, token in added if token.content in KINDS}
 
 
 def _columns(found: Iterable[Any], threshold: float | None, names: Iterable[str]) -> dict[str, Any]:
