@@ -20,6 +20,7 @@ from .configuration import MoonViTConfig
 
 ROPE_BASE = 10000.0
 PATCHES_A_PASS = 25600  # of the tower: one image of the largest size, or many small ones
+PATCHES_A_CPU_PASS = 2048  # what more would hold in between is fresh pages each time: 8% slower at 8,192
 
 
 def rotate_pairs(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
@@ -219,6 +220,8 @@ class ImageFeatures:
         """
         images, sizes = read_images(pixel_values, image_grid_hws)
         place, dtype = place_of(self.vision_model), self.vision_model.dtype
+        if place.type == "cpu":
+            patches_a_pass = min(patches_a_pass, PATCHES_A_CPU_PASS)
         features: dict[int, torch.Tensor] = {}
         waiting = sorted(range(len(images)), key=lambda image: sizes[image])
         while waiting:
