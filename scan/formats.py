@@ -9,13 +9,13 @@ import csv
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
-from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
@@ -26,8 +26,10 @@ from .records import Detection, Record, read_manifest, read_records
 Key = tuple[str, int | None]  # source and frame
 ORIGIN = ("source", "frame", "time")
 OURS = ".exported"  # in an exported folder: a digest of what else is in it
-LONGEST = 200  # bytes of a part of a name; file systems take 255, with the suffix
-UNFIT = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML, and in CSV for some readers
+_json = partial(json.dumps, ensure_ascii=False)
+_is_url = re.compile("data:|.*://").match
+# Without what XML, and some readers of CSV, do not take
+_legal = partial(re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]").sub, "\ufffd")
 
 
 @dataclass
@@ -54,8 +56,7 @@ class Dataset:
         self.folder, self.model = Path(folder), str(manifest["model"])
         self._queries = list(manifest["settings"].get("queries") or ())
         self._answers: Counter[Key] = Counter()
-        self.has_points = False
-        names: set[str] = set()
+        self.has_points, names = False, set[str]()
         for record in read_records(folder):
             if record.status == "ok":
                 self._answers[record.source, record.frame] += 1
@@ -75,11 +76,9 @@ class Dataset:
         for record in read_records(self.folder):
             key = record.source, record.frame
             if record.status == "ok" and missing.get(key):  # else a scan that still runs has answered meanwhile
-                size, origin = (
-                    (record.width or 1, record.height or 1),
-                    {name: getattr(record, name) for name in ORIGIN},
-                )
-                picture = begun.setdefault(key, Picture(*self._names[key], size, origin))
+                origin = {name: getattr(record, name) for name in ORIGIN}
+                picture = Picture(*self._names[key], (record.width or 1, record.height or 1), origin)
+                picture = begun.setdefault(key, picture)
                 picture.found += [(self._category(record, found), found) for found in record.detections]
                 for name, _ in picture.found:
                     self.categories.setdefault(name, len(self.categories))
@@ -99,16 +98,12 @@ def file_names(pictures: Iterable[Key], root: str) -> dict[Key, tuple[str, str]]
     the others' in lower case too."""
     names, taken = dict[Key, tuple[str, str]](), dict[str, int]()
     for source, frame in pictures:
-        if source.startswith("data:"):
-            path = f"data-{source.rpartition(',')[2]}"
-        elif _is_url(source):
-            path = os.path.basename(unquote(urlsplit(source).path))
-        else:
-            path = source if root == os.sep else os.path.relpath(source, root)
+        path = source if root == os.sep else os.path.relpath(source, root)
+        path = os.path.basename(unquote(urlsplit(source).path)) if _is_url(source) else path
         stem, suffix = os.path.splitext(os.fsencode(path).decode(errors="replace").replace(os.sep, "/"))
         stem, suffix = (stem, suffix) if frame is None else (f"{stem}-{frame:06}", ".jpg")
         parts = [re.sub(r'[\\<>:"|?*\x00-\x1f]', "_", part) for part in stem.split("/") if part not in ("", ".", "..")]
-        name = "/".join(part.encode()[:LONGEST].decode(errors="ignore") for part in parts) or "picture"
+        name = "/".join(part.encode()[:200].decode(errors="ignore") for part in parts) or "picture"  # most take 255
         stem = folded = name.casefold()
         while folded in taken:
             taken[stem] += 1
@@ -120,14 +115,11 @@ def file_names(pictures: Iterable[Key], root: str) -> dict[Key, tuple[str, str]]
 
 
 def export(folder: str | Path, formats: Iterable[str]) -> list[Path]:
-    """Writes what a scan found into `folder/<format>`, beside its place first, and moves it there when it is whole.
+    """Writes what a scan found into `folder/<format>`, whole or not at all, and returns these folders.
 
     Args:
         folder: of a scan, also of one that still runs.
         formats: of `FORMATS`.
-
-    Returns:
-        The formats' folders.
 
     Raises:
         ValueError: an unknown format, no scan's folder, or a format's that holds what was not exported or was changed.
@@ -137,26 +129,19 @@ def export(folder: str | Path, formats: Iterable[str]) -> list[Path]:
     for target in targets:
         if target.name not in FORMATS:
             raise ValueError(f"formats: got {target.name!r}; expected some of {', '.join(FORMATS)}.")
-        if (target / OURS).is_file():
-            if (target / OURS).read_text() != _state(target):
-                raise ValueError(f"{target}: was changed since it was exported; move it away to export again.")
-        elif target.exists():
-            raise ValueError(f"{target}: is there, and was not exported; move it away to export.")
+        ours = target / OURS
+        if target.exists() and (not ours.is_file() or ours.read_text() != _state(target)):
+            raise ValueError(f"{target}: was not exported, or was changed since; move it away to export.")
     data: Any = Dataset(folder) if targets else None
     for target in targets:
-        scratch, old = (target.with_name(f".{target.name}.{word}") for word in ("partial", "old"))
-        for path in (scratch, old):  # of one that was killed
-            shutil.rmtree(path, ignore_errors=True)
-        try:
-            scratch.mkdir()
-            FORMATS[target.name](scratch, data)
-            (scratch / OURS).write_text(_state(scratch))
+        with TemporaryDirectory(prefix=f".{target.name}-", dir=folder) as scratch:
+            new = Path(scratch, "new")
+            new.mkdir()
+            FORMATS[target.name](new, data)
+            (new / OURS).write_text(_state(new))
             if target.exists():
-                target.rename(old)
-            scratch.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                target.rename(Path(scratch, "old"))
+            new.rename(target)
     return targets
 
 
@@ -177,21 +162,20 @@ def _coco(folder: Path, data: Dataset) -> None:
             yield {**told, "width": picture.size[0], "height": picture.size[1]}
 
     def annotations() -> Iterator[dict[str, Any]]:
-        for picture in data.pictures():
-            for name, found in picture.found:
-                x, y, right, bottom = _corners(found)
-                wide, high = round(right - x, 2), round(bottom - y, 2)
-                told = {"id": next(numbers), "image_id": picture.number, "category_id": data.categories[name] + 1}
-                shape = {"bbox": [x, y, wide, high], "area": round(wide * high, 2), "segmentation": [], "iscrowd": 0}
-                point = {"keypoints": [x, y, 2], "num_keypoints": 1} if found.point else {}
-                scores = {"score": found.score, "label_score": found.label_score}
-                yield {**told, **shape, **point, "label": found.label, **scores}
+        every = ((picture.number, *one) for picture in data.pictures() for one in picture.found)
+        for number, (image, name, found) in enumerate(every, 1):
+            x, y, right, bottom = _corners(found)
+            wide, high = round(right - x, 2), round(bottom - y, 2)
+            told = {"id": number, "image_id": image, "category_id": data.categories[name] + 1, "iscrowd": 0}
+            shape = {"bbox": [x, y, wide, high], "area": round(wide * high, 2), "segmentation": []}
+            point = {"keypoints": [x, y, 2], "num_keypoints": 1} if found.point else {}
+            scores = {"score": found.score, "label_score": found.label_score}
+            yield {**told, **shape, **point, "label": found.label, **scores}
 
     def categories() -> Iterator[dict[str, Any]]:
         more: dict[str, Any] = {"keypoints": ["point"], "skeleton": []} if data.has_points else {}
         yield from ({"id": number + 1, "name": name, **more} for name, number in data.categories.items())
 
-    numbers = count(1)
     with _opened(folder / "annotations.json") as file:
         file.write(f'{{"info": {_json({"description": f"found by {data.model}"})}')
         for name, items in (("images", images()), ("annotations", annotations()), ("categories", categories())):
@@ -216,48 +200,48 @@ def _yolo(folder: Path, data: Dataset) -> None:
                     if data.has_points:
                         values += [*middle, 2] if found.point else [0, 0, 0]
                     labels.write(f"{data.categories[name]} {' '.join(f'{value:.6g}' for value in values)}\n")
-    with _opened(folder / "data.yaml") as file:
-        file.write("path: .\ntrain: images\nval: images\n" + ("kpt_shape: [1, 3]\n" if data.has_points else ""))
-        file.write(f"names: {_json(list(map(_legal, data.categories)))}\n")  # YAML has JSON's lists
+    names = f"names: {_json(list(map(_legal, data.categories)))}\n"  # YAML has JSON's lists
+    text = "path: .\ntrain: images\nval: images\n" + ("kpt_shape: [1, 3]\n" if data.has_points else "") + names
+    (folder / "data.yaml").write_text(text, encoding="utf-8")
 
 
 def _labelstudio(folder: Path, data: Dataset) -> None:
     """Files are asked for below the name of the folder that all lie in, in the root that Label Studio is told."""
 
-    def result(picture: Picture, name: str, found: Detection) -> dict[str, Any]:
+    def result(picture: Picture, number: int, name: str, found: Detection) -> dict[str, Any]:
         (width, height), kind = picture.size, "keypoint" if found.point else "rectangle"
         x, y, right, bottom = (100 * at / side for at, side in zip(_corners(found), (width, height) * 2, strict=True))
         value = {"width": 0.5} if found.point else {"width": right - x, "height": bottom - y, "rotation": 0}
         told: dict[str, Any] = {"type": f"{kind}labels", "from_name": kind, "to_name": "image", "image_rotation": 0}
         told |= {"original_width": width, "original_height": height, "score": found.score}
         told |= {"value": {"x": x, "y": y, **value, f"{kind}labels": [_legal(name)]}, "meta": {"text": [found.label]}}
-        return {"id": f"{next(numbers)}", **told}
+        return {"id": f"{picture.number}-{number}", **told}
 
     def tasks() -> Iterator[dict[str, Any]]:
         for picture in data.pictures():
             image, path = picture.origin["source"], os.path.join(base, picture.file_name)
             if not image.startswith("http") or picture.origin["frame"] is not None:
                 image = f"/data/local-files/?d={quote(path)}"
-            found = {"model_version": data.model, "result": [result(picture, *one) for one in picture.found]}
-            yield {"data": {"image": image, **picture.origin}, "predictions": [found]}
+            results = [result(picture, number, *one) for number, one in enumerate(picture.found)]
+            found = [{"model_version": data.model, "result": results}]
+            yield {"data": {"image": image, **picture.origin}, "predictions": found}
 
-    numbers, base = count(1), os.path.basename(os.path.abspath(data.root))
+    base = os.path.basename(os.path.abspath(data.root))
     with _opened(folder / "tasks.json") as file:
         _write_list(file, tasks())
     labels = "".join(f"<Label value={quoteattr(_legal(name))}/>" for name in data.categories)
-    with _opened(folder / "config.xml") as file:
-        file.write('<View><Image name="image" value="$image"/>')
-        for tag in ("Rectangle", "KeyPoint"):
-            file.write(f'<{tag}Labels name="{tag.lower()}" toName="image">{labels}</{tag}Labels>')
-        file.write("</View>\n")
+    text = '<View><Image name="image" value="$image"/>'
+    for tag in ("Rectangle", "KeyPoint"):
+        text += f'<{tag}Labels name="{tag.lower()}" toName="image">{labels}</{tag}Labels>'
+    (folder / "config.xml").write_text(f"{text}</View>\n", encoding="utf-8")
 
 
 def _voc(folder: Path, data: Dataset) -> None:
     """Pixels count from 1, and a box holds those of its sides. A point is its pixel's box, and a `point` beside it."""
     for picture in data.pictures():
         root, (width, height) = ElementTree.Element("annotation"), picture.size
-        at, name = os.path.split(picture.file_name)
-        _add(root, folder=at, filename=name, source={"database": data.model, **picture.origin})
+        at, file_name = os.path.split(picture.file_name)
+        _add(root, folder=at, filename=file_name, source={"database": data.model, **picture.origin})
         _add(root, size={"width": width, "height": height, "depth": 3}, segmented=0)
         for name, found in picture.found:
             left, top, right, bottom = map(round, _corners(found))
@@ -279,18 +263,13 @@ def _csv(folder: Path, data: Dataset) -> None:
         table.writerow([*head, *columns])
         for record in read_records(data.folder):
             told = [_legal(value) if isinstance(value := getattr(record, name), str) else value for name in head]
-            for one in record.detections:
-                values = [_legal(one.label), one.class_id, one.score, one.label_score]
-                table.writerow([*told, *values, *(one.box or [None] * 4), *(one.point or [None] * 2)])
-            if not record.detections:
-                table.writerow([*told, *[None] * len(columns)])
+            places = [[*(one.box or [None] * 4), *(one.point or [None] * 2)] for one in record.detections]
+            found = [[_legal(one.label), one.class_id, one.score, one.label_score] for one in record.detections]
+            for values in map(list.__add__, found, places) if found else [[None] * len(columns)]:
+                table.writerow([*told, *values])
 
 
 FORMATS = {"coco": _coco, "yolo": _yolo, "labelstudio": _labelstudio, "csv": _csv, "voc": _voc}
-
-
-def _is_url(source: str) -> bool:
-    return source.startswith("data:") or "://" in source
 
 
 def _corners(found: Detection) -> tuple[float, float, float, float]:
@@ -302,10 +281,6 @@ def _opened(path: Path) -> TextIO:
     """A new file. A name of a file that is no UTF-8 is written as JSON does it, `\\udcff`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return open(path, "w", encoding="utf-8", errors="backslashreplace", newline="")
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _write_list(file: TextIO, items: Iterable[Any]) -> None:
@@ -322,7 +297,3 @@ def _add(parent: ElementTree.Element, **values: Any) -> None:
             _add(ElementTree.SubElement(parent, name), **value)
         elif value is not None:
             ElementTree.SubElement(parent, name).text = _legal(str(value))
-
-
-def _legal(text: str) -> str:
-    return UNFIT.sub("\ufffd", text)

@@ -58,7 +58,7 @@ RECORDS = [
     failed(f"{ROOT}/broken.jpg"),
     record(f"{ROOT}/\udcff:?.jpg", QUERIES[0], BOX),
 ]
-NAMES = ["A/1", "a/1-2", "a/1-3", "b/é 1", "clip-000003", "clip-000012", "data-0123456789abcdef", "y z", "�__"]
+NAMES = ["A/1", "a/1-2", "a/1-3", "b/é 1", "clip-000003", "clip-000012", "png,0123456789abcdef", "y z", "�__"]
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_an_export_is_made_again_until_somebody_changes_it(folder):
         export(folder, ["yolo"])
         change(folder / "yolo")
         before = files(folder)
-        with pytest.raises(ValueError, match=r"yolo: was changed"):
+        with pytest.raises(ValueError, match=r"yolo: was .*changed"):
             export(folder, ["coco", "yolo"])
         assert files(folder) == before, "nothing else was begun"
         (folder / "yolo").rename(folder / f"moved-{len(list(folder.iterdir()))}")
@@ -225,7 +225,7 @@ def test_what_was_not_exported_is_not_replaced(folder, kind):
     if kind == "folder":
         (folder / "coco" / "mine.json").write_text("{}")
     before = files(folder)
-    with pytest.raises(ValueError, match=r"coco: is there"):
+    with pytest.raises(ValueError, match=r"coco: was not exported"):
         export(folder, ["coco"])
     assert files(folder) == before
 
