@@ -4,7 +4,7 @@
 A forward pass is packed: its T tokens of all rows lie side by side, `[1, T, hidden]`, and nothing is padding. A
 `PrefillStep` appends chunks of prompts; a `DecodeStep` feeds every row's pending tokens and, but for rows in phase AR,
 a window of six after them (docs/stock-behaviour.md §2). A step says where keys and values are written and who sees
-what of them; `WindowAttention` attends by it. Rows that ask about one picture begin alike: what a slot holds of an
+what of them. Rows that ask about one picture begin alike: what a slot holds of an
 entering row's prompt is copied (`share_prefixes`), and only the rest is computed.
 """
 
@@ -14,13 +14,12 @@ from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
 
+from .attention import Places, Sequences, attend, attend_packed, rotation_tables
 from .configuration import WINDOW
 from .decoding import Phase
 
@@ -68,7 +67,7 @@ class SlotKVCache:
         slots: rows held at a time. capacity: tokens a slot has room for. Both grow by `reserve`.
 
     Attributes:
-        layers: per layer `[2, slots, kv_heads, places, head_dim]`, keys and values, made at the layer's first write:
+        layers: per layer `[slots, places, 2, kv_heads, head_dim]`, keys and values, made at the layer's first write:
             zeros, for a masked key still meets its value as 0 × value, which must not be NaN. A slot's last place, for
             cells that no row uses, lies behind all that anybody attends to.
         version: how often the layers have moved to new addresses.
@@ -89,34 +88,32 @@ class SlotKVCache:
         if places >= self.places:
             self.places, self.version = round_up(max(places, self.places * 5 // 4)) + 1, self.version + 1
         for index, held in self.layers.items():
-            shape = (2, self.slots, held.shape[2], self.places, held.shape[4])
-            if held.shape != shape:
-                self.layers[index] = zeros(shape, held)
-                self.layers[index][:, : held.shape[1], :, : held.shape[3] - 1] = held[..., :-1, :]
+            slots, places, *rest = held.shape
+            if (slots, places) != (self.slots, self.places):
+                self.layers[index] = zeros((self.slots, self.places, *rest), held)
+                self.layers[index][:slots, : places - 1] = held[:, :-1]
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, step: "PrefillStep | DecodeStep"):
-        """Writes `[1, kv_heads, T, head_dim]` where `step` says; returns the layer's whole keys and values."""
+    def update(self, keys_values: torch.Tensor, layer: int, step: "PrefillStep | DecodeStep") -> torch.Tensor:
+        """Writes `[T, 2, kv_heads, head_dim]` where `step` says; returns the layer."""
         if layer not in self.layers:
-            self.layers[layer] = zeros((2, self.slots, key.shape[1], self.places, key.shape[3]), key)
-        keys, values = self.layers[layer]
-        keys[step.slots, :, step.offsets] = key.squeeze(0).transpose(0, 1)
-        values[step.slots, :, step.offsets] = value.squeeze(0).transpose(0, 1)
-        return keys, values
+            self.layers[layer] = zeros((self.slots, self.places, *keys_values.shape[1:]), keys_values)
+        self.layers[layer][step.slots, step.offsets] = keys_values
+        return self.layers[layer]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` places of slot `source` to slot `target`."""
-        for layer in self.layers.values():
-            layer[:, target, :, :length] = layer[:, source, :, :length]
+        if layers := self.layers.values():
+            torch._foreach_copy_([x[target, :length] for x in layers], [x[source, :length] for x in layers])
 
     def clear(self, slot: int, start: int, stop: int) -> None:
         """Zeroes places of a slot, so that nothing of its last row, NaN say, reaches the next one."""
-        for layer in self.layers.values() if start < stop else ():
-            layer[:, slot, :, start:stop] = 0
+        if self.layers and start < stop:
+            torch._foreach_zero_([layer[slot, start:stop] for layer in self.layers.values()])
 
     def is_finite(self, slot: int, length: int) -> bool:
         """Whether the first `length` places hold numbers only. NaN in a token's pass reaches the last layer."""
         *_, last = self.layers.values()
-        return bool(last[:, slot, :, :length].isfinite().all())
+        return bool(last[slot, :length].isfinite().all())
 
 
 @dataclass(frozen=True)
@@ -129,12 +126,24 @@ class PromptChunk:
     donor: int = -1
 
 
-class PrefillStep:
+class Step:
+    """What the steps have in common."""
+
+    _tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def rotations(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the pass; made once, not in every layer."""
+        if self._tables is None:
+            self._tables = rotation_tables(*position_embeddings)
+        return self._tables
+
+
+class PrefillStep(Step):
     """Appends chunks of prompts, packed in the given order; attention is causal in each row.
 
     Attributes:
         slots, offsets: `[T]` long, where each token's keys and values are written.
-        positions: `[1, T]` long. bounds: `[chunks + 1]` int32, where chunks begin and end.
+        positions: `[1, T]` long. lengths: tokens of each chunk.
     """
 
     def __init__(self, chunks: list[PromptChunk], device: torch.device):
@@ -144,28 +153,54 @@ class PrefillStep:
         self.slots, self.offsets = torch.tensor([slots, offsets], device=device)
         self.positions = self.offsets.unsqueeze(0)
         self.lengths = [chunk.stop - chunk.start for chunk in chunks]
-        self.bounds = torch.tensor([0, *self.lengths], device=device).cumsum(0, dtype=torch.int32)
+        self.sequences = Sequences(self.lengths, device)
+        self._places: Places | None = None
+        self._masks: dict[int, torch.Tensor] = {}
 
     def to(self, device: torch.device, **kwargs) -> "PrefillStep":
         """accelerate calls this before each layer, which may live on another device."""
         return self if device == self.slots.device else PrefillStep(self.chunks, device)
 
-    def attend(self, query, keys, values, scaling: float, implementation: str) -> torch.Tensor:
-        """query: `[1, heads, T, D]`; keys, values: a layer's cache. Returns `[1, T, heads, D]`."""
-        output = torch.empty_like(query.transpose(1, 2))
-        queries = query.squeeze(0).unflatten(0, (keys.shape[1], -1)).split(self.lengths, 2)  # [kv_heads, group, L, D]
-        for chunk, q, out in zip(self.chunks, queries, output[0].split(self.lengths), strict=True):
-            # expanded, not copied, to the query heads
-            k, v = (x[chunk.slot, :, None, : chunk.stop].expand(-1, q.shape[1], -1, -1) for x in (keys, values))
-            mask = None
-            if chunk.start:
-                places = torch.arange(chunk.stop, device=query.device)
-                mask = places <= places[chunk.start :, None]
-            out.copy_(_attend(q, k, v, mask, scaling, implementation).flatten(0, 1).transpose(0, 1))
+    def attend(self, module: Any, query: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+        """query: `[T, heads, D]`; keys_values: `[T, 2, kv_heads, D]`, of the same tokens; layer: of the cache. Returns
+        `[T, heads, D]`."""
+        keys, values, places = *keys_values.unbind(1), None
+        if any(chunk.start for chunk in self.chunks):
+            keys, values, places = *layer.flatten(0, 1).unbind(1), self.places(layer.shape[1])
+        output = attend_packed(
+            module, query, keys, values, self.sequences, scaling=module.scaling, causal=True, places=places
+        )
+        return self.attend_by_chunk(module, query, layer) if output is None else output
+
+    def places(self, room: int) -> Places:
+        """Where the keys of all chunks lie in a cache with so many places a slot; made once a step."""
+        if self._places is None:
+            starts = [chunk.slot * room for chunk in self.chunks]
+            stops = [chunk.stop for chunk in self.chunks]
+            made = torch.tensor([[*starts, starts[-1] + room], [*stops, 0]], device=self.slots.device).int()
+            self._places = Places(made[0], made[1, :-1], max(stops))
+        return self._places
+
+    def attend_by_chunk(self, module: Any, query: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        group = query.shape[1] // layer.shape[3]
+        parts = zip(self.chunks, query.split(self.lengths), output.split(self.lengths), strict=True)
+        for number, (chunk, q, out) in enumerate(parts):
+            # a mask is read in aligned pieces, or copied into such first; a CPU's kernel takes any
+            length = round_up(chunk.stop) if chunk.start and not layer.is_cpu else chunk.stop
+            # [kv_heads, group, L, D], keys and values expanded, not copied, to the query heads
+            k, v = layer[chunk.slot, :length].permute(1, 2, 0, 3).unsqueeze(2).expand(-1, -1, group, -1, -1)
+            q = q.transpose(0, 1).unflatten(0, (-1, group))
+            if chunk.start and number not in self._masks:
+                places = torch.arange(length, device=query.device)
+                self._masks[number] = places <= places[chunk.start : chunk.stop, None]
+            mask = self._masks.get(number)
+            attended = attend(module, q, k, v, scaling=module.scaling, causal=mask is None, mask=mask)
+            out.copy_(attended.flatten(0, 1).transpose(0, 1))
         return output
 
 
-class DecodeStep:
+class DecodeStep(Step):
     """One decode pass over the rows in slots 0 … R-1: pending tokens, then a window for each row that has one.
 
     The grid of a step is `[R, Q]`: columns 0 … P-1 hold pending tokens (from the left; a row's draft is pending behind
@@ -219,7 +254,7 @@ class DecodeStep:
         if device == self.slots.device:
             return self
         moved = copy(self)
-        moved._mask = None
+        moved._mask = moved._tables = None
         for name in ("visible", "kept", "slots", "offsets", "positions"):
             setattr(moved, name, getattr(self, name).to(device, **kwargs))
         return moved
@@ -246,64 +281,19 @@ class DecodeStep:
             self._mask = hidden.unsqueeze(1).repeat(1, group, 1, 1).flatten(1, 2).unsqueeze(1)
         return self._mask
 
-    def attend(self, query, keys, values, scaling: float, implementation: str) -> torch.Tensor:
-        """query: `[1, heads, T, D]`; keys, values: a layer's cache. Returns `[1, T, heads, D]`.
+    def attend(self, module: Any, query: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+        """query: `[T, heads, D]`; layer: of the cache, which holds `keys_values` too. Returns `[T, heads, D]`.
 
         The query heads that share a key head are laid side by side as queries of that head, so that K and V are read
         as they lie in the cache.
         """
         (rows, width), length = self.shape, self.visible.shape[-1]
-        grid = self.to_grid(query.squeeze(0).transpose(0, 1))  # [R, Q, heads, D]
-        grouped = grid.unflatten(2, (keys.shape[1], -1)).permute(0, 2, 3, 1, 4)  # [R, kv_heads, group, Q, D]
-        group = grouped.shape[2]
+        grouped = self.to_grid(query).unflatten(2, (layer.shape[3], -1)).permute(0, 2, 3, 1, 4)
+        group = grouped.shape[2]  # [R, kv_heads, group, Q, D]
+        k, v = layer[:rows, :length].permute(2, 0, 3, 1, 4)
         mask = self.mask(query.dtype, group)
-        k, v = keys[:rows, :, :length], values[:rows, :, :length]
-        attended = _attend(grouped.flatten(2, 3), k, v, mask, scaling, implementation)
-        attended = attended.unflatten(2, (group, width)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [R, Q, heads, D]
-        return self.from_grid(attended).unsqueeze(0)
-
-
-class WindowAttention(Qwen2Attention):
-    """Qwen2Attention that, given a `step` and a `slot_cache`, attends over the latter; else transformers' own."""
-
-    def forward(self, hidden_states, position_embeddings, *args, step=None, slot_cache=None, **kwargs):
-        """hidden_states: `[1, T, hidden]` packed if `step` is given; else everything is Qwen2Attention's."""
-        if step is None:
-            return super().forward(hidden_states, position_embeddings, *args, **kwargs)
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        # under autocast the rotation comes out wider than the values
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        keys, values = slot_cache.update(key, value, self.layer_idx, step)
-
-        implementation = self.config._attn_implementation or "sdpa"
-        if implementation not in ("sdpa", "eager") and "flash" not in implementation:
-            raise ValueError(f"attn_implementation={implementation!r}: generate() has sdpa, eager and flash kernels.")
-        if "flash" in implementation and isinstance(step, PrefillStep) and not any(c.start for c in step.chunks):
-            # whole prompts in one varlen call of the flash kernel that transformers found
-            bounds = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), step.bounds)
-            longest = dict.fromkeys(("max_length_q", "max_length_k"), max(step.lengths))
-            flash = ALL_ATTENTION_FUNCTIONS[implementation]
-            attended, _ = flash(
-                self, query, key, value, None, scaling=self.scaling, is_causal=True, **bounds, **longest
-            )
-        else:
-            attended = step.attend(query, keys, values, self.scaling, implementation)
-        return self.o_proj(attended.flatten(2)), None
-
-
-def _attend(q, k, v, mask, scaling, implementation):
-    """softmax(q kᵀ · scaling) v over the last two dimensions; mask is bool or additive, or None: causal."""
-    if implementation != "eager":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-    scores = (q @ k.transpose(-1, -2)).float() * scaling
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1).to(q.dtype) @ v
+        attended = attend(module, grouped.flatten(2, 3), k, v, scaling=module.scaling, causal=False, mask=mask)
+        return self.from_grid(attended.unflatten(2, (group, width)).permute(0, 3, 1, 2, 4).flatten(2, 3))
 
 
 # ---- the prefix cache: what of entering rows' prompts another slot holds already. Pure planning
@@ -362,7 +352,8 @@ def share_prefixes(
 
 
 def in_passes(chunks: list[PromptChunk], budget: int) -> Iterator[list[PromptChunk]]:
-    """Chunks in groups of at most `budget` tokens to compute, one chunk at least."""
+    """Chunks, by slot, in groups of at most `budget` tokens to compute, one chunk at least."""
+    chunks = sorted(chunks, key=lambda chunk: chunk.slot)
     while chunks:
         taken = accumulate(chunk.stop - chunk.start for chunk in chunks)
         count = max(1, sum(tokens <= budget for tokens in taken))

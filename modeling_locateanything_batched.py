@@ -28,12 +28,13 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 # 4.57 copies from a local folder only what the entry file itself imports: name every remote-code file here.
 from .answers import DegenerateAnswerCriteria
+from .attention import FusedRMSNorm, WindowAttention, chosen_backends
 from .configuration import LocateAnythingConfig, TokenRoles
 from .cuda_graphs import release
 from .decoding import Phase  # noqa: F401
 from .generation import GenerationLoop
 from .inputs import ROWS_A_STEP, Pictures, check_number, read_call, rows_that_fit, side_by_side, texts_of
-from .kv_cache import DecodeStep, PrefillStep, SlotKVCache, WindowAttention
+from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
 from .model_runner import ModelRunner  # noqa: F401
 from .rows import Row  # noqa: F401
 from .sampling import Sampler  # noqa: F401
@@ -71,6 +72,10 @@ class LocateAnythingGenerateOutput(ModelOutput):
     accepted_by: torch.Tensor | None = None
 
 
+def _norm(config: Any) -> FusedRMSNorm:
+    return FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class LocateAnythingTextForCausalLM(Qwen2ForCausalLM):
     """Qwen2 that attends over the engine's slots too, and takes projected image features, as the stock's does."""
 
@@ -78,6 +83,8 @@ class LocateAnythingTextForCausalLM(Qwen2ForCausalLM):
         super().__init__(config)
         for index, layer in enumerate(self.model.layers):
             layer.self_attn = WindowAttention(self.config, index)
+            layer.input_layernorm, layer.post_attention_layernorm = (_norm(self.config) for _ in range(2))
+        self.model.norm = _norm(self.config)
 
     @functools.wraps(Qwen2ForCausalLM.forward)  # GenerationMixin and Trainer read the signature
     def forward(self, input_ids=None, *args, visual_features=None, image_token_index=None, windows=None, **kwargs):
@@ -314,16 +321,18 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
 
     def decode(self, embeddings: torch.Tensor, step: PrefillStep | DecodeStep, cache: SlotKVCache) -> torch.Tensor:
         """One packed pass of the decoder, `[T, hidden]` → `[T, hidden]`; keys and values go to the cache."""
-        return self.get_decoder()(
-            inputs_embeds=embeddings.unsqueeze(0),
-            position_ids=step.positions,
-            # a dict is transformers' way of saying that masks are made already; the step holds visibility
-            attention_mask={"full_attention": None},
-            # not as transformers' cache, which layers drop that train with gradient checkpointing
-            use_cache=False,
-            step=step,
-            slot_cache=cache,
-        ).last_hidden_state.squeeze(0)
+        with chosen_backends(embeddings.device):
+            output = self.get_decoder()(
+                inputs_embeds=embeddings.unsqueeze(0),
+                position_ids=step.positions,
+                # a dict is transformers' way of saying that masks are made already; the step holds visibility
+                attention_mask={"full_attention": None},
+                # not as transformers' cache, which layers drop that train with gradient checkpointing
+                use_cache=False,
+                step=step,
+                slot_cache=cache,
+            )
+        return output.last_hidden_state.squeeze(0)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[N, hidden]` → `[N, vocabulary]` float32."""

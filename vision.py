@@ -5,6 +5,7 @@ Parameter names and shapes are the official checkpoint's (docs/checkpoint.md, "T
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import Any
@@ -14,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention import Sequences, attend, attend_packed, chosen_backends
 from .configuration import MoonViTConfig
 
 ROPE_BASE = 10000.0
@@ -90,49 +91,29 @@ class MoonViTBlock(GradientCheckpointingLayer):
         self.wo = nn.Linear(config.hidden_size, config.hidden_size)
         self.mlp = MoonViTMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, rotations: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, rotations: torch.Tensor, images: Sequences) -> torch.Tensor:
         """hidden_states: `[patches, hidden]`, packed; rotations: of each patch, `[patches, head_dim / 2]` complex64 of
-        length 1; lengths: patches of each image, in packed order."""
-        hidden_states = hidden_states + self.wo(self.attend(self.wqkv(self.norm0(hidden_states)), rotations, lengths))
+        length 1; images: where each lies."""
+        hidden_states = hidden_states + self.wo(self.attend(self.wqkv(self.norm0(hidden_states)), rotations, images))
         return hidden_states + self.mlp(self.norm1(hidden_states))
 
-    def attend(self, qkv: torch.Tensor, rotations: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """qkv: `[patches, 3 * hidden]` → `[patches, hidden]`; full attention inside each image.
-
-        Raises:
-            ValueError: an attention implementation that this tower does not have.
-        """
+    def attend(self, qkv: torch.Tensor, rotations: torch.Tensor, images: Sequences) -> torch.Tensor:
+        """qkv: `[patches, 3 * hidden]` → `[patches, hidden]`; full attention inside each image."""
         heads = qkv.unflatten(-1, (3, self.heads, self.head_dim))
         query, key = rotate_pairs(heads[:, :2], rotations).unbind(1)
         value = heads[:, 2]
-        implementation = self.config._attn_implementation or "sdpa"
-        if "flash" in implementation:
-            # every image in one varlen call of the flash kernel that transformers found
-            ends = torch.tensor([0, *lengths], device=query.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            bounds = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends)
-            longest = dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
-            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            flash = ALL_ATTENTION_FUNCTIONS[implementation]
-            attended, _ = flash(self, q, k, v, None, scaling=self.head_dim**-0.5, is_causal=False, **bounds, **longest)
-            return attended.squeeze(0).flatten(1)
-        functions = {"sdpa": F.scaled_dot_product_attention, "eager": eager_attention}
-        if implementation not in functions:
-            raise ValueError(f"attn_implementation={implementation!r}: MoonViT has sdpa, eager and flash kernels.")
-        # one 4-D call per run of equally long images: memory linear in patches
-        attended, start = torch.empty_like(query), 0
-        for length, run in groupby(lengths):
-            images = len(list(run))
-            span = slice(start, start + images * length)
-            q, k, v = (x[span].unflatten(0, (images, length)).transpose(1, 2) for x in (query, key, value))
-            attended[span] = functions[implementation](q, k, v).transpose(1, 2).flatten(0, 1)
-            start = span.stop
+        how: dict[str, Any] = {"scaling": self.head_dim**-0.5, "causal": False}
+        attended = attend_packed(self, query, key, value, images, **how)
+        if attended is None:
+            # one 4-D call per run of equally long images: memory linear in patches
+            attended, start = torch.empty_like(query), 0
+            for length, run in groupby(images.lengths):
+                shape = (len(list(run)), length)
+                span = slice(start, start + math.prod(shape))
+                q, k, v = (x[span].unflatten(0, shape).transpose(1, 2) for x in (query, key, value))
+                attended[span].unflatten(0, shape).copy_(attend(self, q, k, v, **how).transpose(1, 2))
+                start = span.stop
         return attended.flatten(1)
-
-
-def eager_attention(query, key, value) -> torch.Tensor:
-    """The same as SDPA by plain products, `[images, heads, length, D]`: quadratic in memory, for inspection."""
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 
 class MoonViTEncoder(nn.Module):
@@ -141,9 +122,9 @@ class MoonViTEncoder(nn.Module):
         self.blocks = nn.ModuleList([MoonViTBlock(config) for _ in range(config.num_hidden_layers)])
         self.final_layernorm = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, rotations: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, rotations: torch.Tensor, images: Sequences) -> torch.Tensor:
         for block in self.blocks:
-            hidden_states = block(hidden_states, rotations, lengths)
+            hidden_states = block(hidden_states, rotations, images)
         return self.final_layernorm(hidden_states)
 
 
@@ -174,8 +155,8 @@ class MoonViTModel(PreTrainedModel):
 
         Args:
             pixel_values: `[patches, 3, P, P]`, the images' patches one after another, row-major.
-            sizes: (rows, columns) in patches of each image; both even. Attention is one call for each run of images of
-                one size, so those come side by side.
+            sizes: (rows, columns) in patches of each image; both even. Without a kernel for all at once, attention is
+                one call for each run of equally many patches, so such images come side by side.
 
         Returns:
             Per image `[tokens, 4 * hidden]`: the features of each 2×2 group of patches, in (row, column) order.
@@ -184,9 +165,10 @@ class MoonViTModel(PreTrainedModel):
         tables = {size: rotary_table(*size, head_dim, pixel_values.device) for size in set(sizes)}
         angles = torch.cat([tables[size] for size in sizes])
         rotations = torch.complex(angles.cos(), angles.sin())
-        lengths = [height * width for height, width in sizes]
-        hidden_states = self.encoder(self.patch_embed(pixel_values, sizes), rotations, lengths)
-        return [self.merge(image, *size) for image, size in zip(hidden_states.split(lengths), sizes, strict=True)]
+        images = Sequences([height * width for height, width in sizes], pixel_values.device)
+        with chosen_backends(pixel_values.device):
+            encoded = self.encoder(self.patch_embed(pixel_values, sizes), rotations, images).split(images.lengths)
+        return [self.merge(image, *size) for image, size in zip(encoded, sizes, strict=True)]
 
     def merge(self, features: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """`[height * width, C]` → `[tokens, rows * columns * C]`."""
@@ -223,7 +205,7 @@ class ImageFeatures:
         if place.type == "cpu":
             patches_a_pass = min(patches_a_pass, PATCHES_A_CPU_PASS)
         features: dict[int, torch.Tensor] = {}
-        waiting = sorted(range(len(images)), key=lambda image: sizes[image])
+        waiting = sorted(range(len(images)), key=lambda image: len(images[image]))
         while waiting:
             taken = accumulate(len(images[image]) for image in waiting)
             count = max(1, sum(patches <= patches_a_pass for patches in taken))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,38 +95,40 @@ def test_the_mask_repeats_for_each_query_head_of_a_key_head():
 def test_prefill_writes_and_attends_where_its_chunks_say():
     cache = SlotKVCache(slots=3, capacity=20)
     whole = PrefillStep([PromptChunk(0, 0, 4)], torch.device("cpu"))
-    cache.update(*torch.randn(2, 1, 2, 4, 4), 0, whole)
+    cache.update(torch.randn(4, 2, 2, 4), 0, whole)
     step = PrefillStep([PromptChunk(2, 0, 3), PromptChunk(0, 4, 6)], torch.device("cpu"))
-    assert step.positions.tolist() == [[0, 1, 2, 4, 5]] and step.bounds.tolist() == [0, 3, 5]
-    key, value = torch.randn(2, 1, 2, 5, 4)
-    keys, values = cache.update(key, value, 0, step)
-    assert torch.equal(keys[2, :, :3], key[0, :, :3]) and torch.equal(keys[0, :, 4:6], key[0, :, 3:])
-    assert torch.equal(values[2, :, :3], value[0, :, :3]) and not keys[1].any() and not keys[2, :, 3:].any()
+    assert step.positions.tolist() == [[0, 1, 2, 4, 5]] and step.sequences.bounds.tolist() == [0, 3, 5]
+    keys_values = torch.randn(5, 2, 2, 4)
+    layer = cache.update(keys_values, 0, step)
+    assert torch.equal(layer[2, :3], keys_values[:3]) and torch.equal(layer[0, 4:6], keys_values[3:])
+    assert not layer[1].any() and not layer[2, 3:].any()
+    keys, values = layer.permute(2, 0, 3, 1, 4)
 
-    query = torch.randn(1, 6, 5, 4)  # three query heads a key head
+    query = torch.randn(5, 6, 4)  # three query heads a key head
     for implementation in ("sdpa", "eager"):
-        attended = step.attend(query, keys, values, 0.5, implementation)
-        assert attended.shape == (1, 5, 6, 4)
+        module = SimpleNamespace(config=SimpleNamespace(_attn_implementation=implementation), scaling=0.5)
+        attended = step.attend(module, query, keys_values, layer)
+        assert attended.shape == (5, 6, 4)
         for token, (slot, seen) in enumerate([(2, 1), (2, 2), (2, 3), (0, 5), (0, 6)]):
             k, v = (x[slot, :, :seen].repeat_interleave(3, 0) for x in (keys, values))
-            p = (0.5 * (k @ query[0, :, token, :, None]).squeeze(-1)).softmax(-1)
-            torch.testing.assert_close(attended[0, token], (p[..., None] * v).sum(1))
+            p = (0.5 * (k @ query[token, :, :, None]).squeeze(-1)).softmax(-1)
+            torch.testing.assert_close(attended[token], (p[..., None] * v).sum(1))
 
 
 def test_slots_move_and_clear():
     cache = SlotKVCache(slots=2, capacity=8)
     cache.clear(0, 0, 5)  # nothing is held yet
+    cache.move(1, 0, 5)
     for layer in range(2):
-        key = torch.randn(1, 1, 5, 4)
-        cache.update(key, key, layer, PrefillStep([PromptChunk(1, 0, 5)], torch.device("cpu")))
+        cache.update(torch.randn(5, 2, 1, 4), layer, PrefillStep([PromptChunk(1, 0, 5)], torch.device("cpu")))
     cache.move(1, 0, 4)
     for layer in cache.layers.values():
-        assert torch.equal(layer[:, 0, :, :4], layer[:, 1, :, :4]) and not layer[:, 0, :, 4:].any()
+        assert torch.equal(layer[0, :4], layer[1, :4]) and not layer[0, 4:].any()
     cache.clear(1, 2, 5)
     for layer in cache.layers.values():
-        assert layer[:, 1, :, :2].all() and not layer[:, 1, :, 2:].any()
+        assert layer[1, :2].all() and not layer[1, 2:].any()
     assert cache.is_finite(0, 4)
-    cache.layers[1][1, 0, 0, 3] = torch.nan
+    cache.layers[1][0, 3, 1, 0] = torch.nan
     assert cache.is_finite(0, 3) and not cache.is_finite(0, 4)
 
 
@@ -138,22 +141,20 @@ def test_a_cache_grows_and_keeps_what_it_holds(sizes):
         grown = cache.slots > before[1] or cache.places > before[2]
         assert cache.slots >= slots and cache.places > places and (cache.version > before[0]) == grown
         for layer in range(2):
-            key, value = torch.randn(2, 1, 2, places, 4)
-            cache.update(key, value, layer, PrefillStep([PromptChunk(slots - 1, 0, places)], torch.device("cpu")))
-            held[layer, slots - 1] = (key[0], value[0])
-            cache.layers[layer][:, :, :, -1] = float(number)  # what cells that no row uses have written
-        for (layer, slot), (key, value) in held.items():
-            keys, values = cache.layers[layer][:, slot, :, : key.shape[1]]
-            assert torch.equal(keys, key) and torch.equal(values, value)
-    assert all(layer.shape[1] == cache.slots for layer in cache.layers.values())
+            held[layer, slots - 1] = torch.randn(places, 2, 2, 4)
+            step = PrefillStep([PromptChunk(slots - 1, 0, places)], torch.device("cpu"))
+            cache.update(held[layer, slots - 1], layer, step)
+            cache.layers[layer][:, -1] = float(number)  # what cells that no row uses have written
+        for (layer, slot), written in held.items():
+            assert torch.equal(cache.layers[layer][slot, : len(written)], written)
+    assert all(layer.shape[:2] == (cache.slots, cache.places) for layer in cache.layers.values())
     assert cache.version <= 12, "few steps"
 
 
 def test_a_cache_that_grew_has_no_more_than_what_it_held():
     cache = SlotKVCache(2, 10)
-    key = torch.randn(1, 1, 10, 4)
-    cache.update(key, key, 0, PrefillStep([PromptChunk(1, 0, 10)], torch.device("cpu")))
-    cache.layers[0][:, :, :, -1] = torch.nan  # that place becomes an ordinary one
+    cache.update(torch.randn(10, 2, 1, 4), 0, PrefillStep([PromptChunk(1, 0, 10)], torch.device("cpu")))
+    cache.layers[0][:, -1] = torch.nan  # that place becomes an ordinary one
     cache.reserve(3, 100)
     assert cache.version == 2 and cache.layers[0].isfinite().all()
     cache.reserve(3, 100)

@@ -386,7 +386,7 @@ def test_the_content_of_unused_places_cannot_matter(monkeypatch, layout, slots):
 
     def clear(cache, slot, start, stop):
         for layer in cache.layers.values() if start < stop else ():
-            layer[:, slot, :, start:stop].normal_()
+            layer[slot, start:stop].normal_()
 
     monkeypatch.setattr(kv_cache, "zeros", lambda shape, like: torch.randn(shape, dtype=like.dtype))
     monkeypatch.setattr(SlotKVCache, "clear", clear)
