@@ -170,3 +170,12 @@ class WindowAttention(Qwen2Attention):
         query, keys_values = packed[:, :heads], packed[:, heads:].unflatten(1, (2, kv_heads))
         layer = slot_cache.update(keys_values, self.layer_idx, step)
         return self.o_proj(step.attend(self, query, keys_values, layer).flatten(1)).unsqueeze(0), None
+
+
+def replace_parts(decoder: Any) -> None:
+    """Puts these norms and this attention where a Qwen2Model has its own."""
+    norm = functools.partial(FusedRMSNorm, decoder.config.hidden_size, decoder.config.rms_norm_eps)
+    decoder.norm = norm()
+    for index, layer in enumerate(decoder.layers):
+        layer.input_layernorm, layer.post_attention_layernorm = norm(), norm()
+        layer.self_attn = WindowAttention(decoder.config, index)

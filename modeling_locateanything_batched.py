@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 # 4.57 copies from a local folder only what the entry file itself imports: name every remote-code file here.
 from .answers import DegenerateAnswerCriteria
-from .attention import FusedRMSNorm, WindowAttention, chosen_backends
+from .attention import chosen_backends, replace_parts
 from .configuration import LocateAnythingConfig, TokenRoles
 from .cuda_graphs import release
 from .decoding import Phase  # noqa: F401
@@ -72,19 +72,12 @@ class LocateAnythingGenerateOutput(ModelOutput):
     accepted_by: torch.Tensor | None = None
 
 
-def _norm(config: Any) -> FusedRMSNorm:
-    return FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
 class LocateAnythingTextForCausalLM(Qwen2ForCausalLM):
     """Qwen2 that attends over the engine's slots too, and takes projected image features, as the stock's does."""
 
     def __init__(self, config: Any):
         super().__init__(config)
-        for index, layer in enumerate(self.model.layers):
-            layer.self_attn = WindowAttention(self.config, index)
-            layer.input_layernorm, layer.post_attention_layernorm = (_norm(self.config) for _ in range(2))
-        self.model.norm = _norm(self.config)
+        replace_parts(self.model)
 
     @functools.wraps(Qwen2ForCausalLM.forward)  # GenerationMixin and Trainer read the signature
     def forward(self, input_ids=None, *args, visual_features=None, image_token_index=None, windows=None, **kwargs):
