@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo" / "checkpoint"
@@ -52,19 +53,23 @@ def import_drop_in() -> Any:
     return modeling
 
 
-def config_of(scale: str) -> Any:
-    """tiny: the demo checkpoint's shape. full: the 3B model's. mid: in between, for a quick look."""
+def config_of(scale: str, layers: list[int] | None = None) -> Any:
+    """tiny: the demo checkpoint's shape. full: the 3B model's. mid: in between, for a quick look.
+
+    layers: of the decoder and of the vision tower, if not all.
+    """
     from locateanything.configuration import LocateAnythingConfig
 
-    if scale == "tiny":
-        return LocateAnythingConfig.from_pretrained(DEMO)
-    config = LocateAnythingConfig()
+    config = LocateAnythingConfig.from_pretrained(DEMO) if scale == "tiny" else LocateAnythingConfig()
     if scale == "mid":
         for name, value in {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}.items():
             setattr(config.text_config, name, value)
         config.text_config.num_attention_heads = 6
         config.text_config.layer_types = ["full_attention"] * 12
         config.vision_config.num_hidden_layers = 8
+    if layers:
+        config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = layers
+        config.text_config.layer_types = ["full_attention"] * layers[0]
     return config
 
 
@@ -100,10 +105,10 @@ def without_init(dtype: torch.dtype):
         torch.set_default_dtype(default)
 
 
-def random_model(scale: str, dtype: torch.dtype, device: str) -> Any:
+def random_model(scale: str, dtype: torch.dtype, device: str, layers: list[int] | None = None) -> Any:
     modeling = import_drop_in()
     with without_init(dtype):
-        model = modeling.LocateAnythingBatchedForConditionalGeneration(config_of(scale))
+        model = modeling.LocateAnythingBatchedForConditionalGeneration(config_of(scale, layers))
     model.tie_weights()
     fill_randomly(model)
     return model.to(device).eval()
@@ -197,9 +202,9 @@ def bandwidth(device: torch.device) -> float:
 
 def decoder_bytes(model: Any) -> int:
     """What a decode step reads at least: the decoder's layers and the head, once."""
-    layers = sum(p.numel() * p.element_size() for p in model.language_model.model.layers.parameters())
-    head = model.get_input_embeddings().weight
-    return layers + head.numel() * head.element_size()
+    weights = [*model.language_model.model.layers.parameters(), model.get_output_embeddings().weight]
+    # torchao's int8 tensors tell the dtype that they stand for
+    return sum(p.numel() * (1 if is_traceable_wrapper_subclass(p) else p.element_size()) for p in weights)
 
 
 def environment(device: torch.device) -> dict[str, str]:
