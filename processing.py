@@ -250,7 +250,14 @@ class LocateAnythingProcessor(GroundingMixin, ProcessorMixin):
         if not is_list(texts) or not texts or not all(isinstance(row, str) for row in texts):
             raise ValueError(f"text: got a {type(text).__name__}; expected a text, or a list of at least one.")
         asked = [self._numbers(row, f"text {index}") for index, row in enumerate(texts)]
-        shots = _deal("images", images, _is_image, [numbers for numbers, _ in asked], self._load)
+        read: dict[Any, Image.Image] = {}  # rows about one file or URL read it once
+
+        def load(name: str, value: Any) -> Image.Image:
+            if (key := _key(value)) not in read:
+                read[key] = self._load(name, value)
+            return read[key]
+
+        shots = _deal("images", images, _is_image, [numbers for numbers, _ in asked], load)
         clips = _deal("videos", videos, _is_video, [numbers for _, numbers in asked], self._load_clip)
         _tell_times([clip for row in clips for clip in row], options)
         rows = list(map(self._expand, texts, shots, clips))
@@ -433,6 +440,13 @@ def _deal(
                 f"text {index}: names {word}s {sorted({*numbers})}, but got {len(share)}, counted from 1."
             )
     return [[load(*source) for source in share] for share in shares]
+
+
+def _key(value: Any) -> Any:
+    """What two sources have in common that are the same text, the same object, or items of these."""
+    if isinstance(value, Mapping):
+        return tuple((name, _key(part)) for name, part in value.items())
+    return value if isinstance(value, str) else id(value)
 
 
 def _is_image(value: Any) -> bool:

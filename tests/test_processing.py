@@ -449,6 +449,24 @@ def test_the_pixels_stand_in_the_order_of_the_slots(processor):
     assert torch.equal(inputs["pixel_values"], torch.cat([pixels[1], pixels[0], pixels[2]]))
 
 
+def test_rows_about_one_file_read_it_once(processor, tmp_path, monkeypatch):
+    """By the text that names it or by the object, however it is wrapped; with another size it is another picture."""
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda *args, open=Image.open: opened.append(args) or open(*args))
+    texts = [f"<image-1>{word}" for word in ("a", "b", "c")]
+    alone = processor(images=path, text=texts[0], return_tensors="pt")
+    for images in ([path] * 3, [{"path": path}, {"path": path}, {"path": path}], [(tmp_path / "a.png")] * 3):
+        opened.clear()
+        out = processor(images=images, text=texts, return_tensors="pt")
+        assert len(opened) == 1
+        assert torch.equal(out["pixel_values"], torch.cat([alone["pixel_values"]] * 3))
+    opened.clear()
+    out = processor(images=[{"path": path}, {"path": path, "resized_height": 84, "resized_width": 84}], text=texts[:2])
+    assert len(opened) == 2 and out["image_grid_hws"].tolist() == [[4, 6], [6, 6]]
+
+
 def test_expanded_text_is_left_alone(processor):
     expanded = [
         f"<image 1><img>{'<IMG_CONTEXT>' * 20}</img>Q.<image 2><img>{'<IMG_CONTEXT>' * 25}</img>",
