@@ -51,12 +51,12 @@ def draw(image: Image.Image, detections: Iterable[Detection], colours: dict[str,
             pen.rectangle(one.box, outline=colour, width=width)
     radius = 3 + 2 * width
     placed = [_grown((*one.point, *one.point), radius) for one in found if one.point]
-    covered = 0.0
+    things, covered = [one.box for one in found if one.box], 0.0
     best = {one.label: one for one in reversed(found)}
     for one in sorted(found, key=lambda one: best[one.label] is not one):  # each label once, then the others
         place = _grown(one.box, 2) if one.box else _grown((*(one.point or (0, 0)),) * 2, radius)
         if covered < MOST_COVERED * canvas.width * canvas.height or best[one.label] is one:
-            covered += _draw_label(pen, canvas.size, one, place, colours[one.label], placed)
+            covered += _draw_label(pen, canvas.size, one, place, colours[one.label], things, placed)
     for one in found:
         if one.point:
             for less, fill in ((0, "black"), (1, "white"), (2, colours[one.label])):
@@ -65,12 +65,18 @@ def draw(image: Image.Image, detections: Iterable[Detection], colours: dict[str,
 
 
 def _draw_label(
-    pen: ImageDraw.ImageDraw, size: tuple[int, int], one: Detection, place: Box, colour: Colour, placed: list[Box]
+    pen: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    one: Detection,
+    place: Box,
+    colour: Colour,
+    things: list[Box],
+    placed: list[Box],
 ) -> float:
-    """Writes a label on its colour about its place, where nothing is `placed` yet. Returns how much it covers."""
+    """Writes a label about its place, off what is `placed` and where it hides least; returns how much it covers."""
     height = max(9 if min(size) < 160 else 11, min(round(min(size) / 36), 80))
     font, text = _written(one.label[:100], height)
-    score = "" if one.score is None or size[0] < 12 * height else f" {one.score:.2f}"
+    score = "" if one.score is None or size[0] < 16 * height else f" {one.score:.2f}"
     most = min(max(0.4 * size[0], 12 * height), size[0]) - 6
     while text and pen.textlength(f"{text}{score}", font=font) > most:
         text = text[:-2].rstrip() + "…" if len(text) > 2 else ""
@@ -84,16 +90,17 @@ def _draw_label(
     if one.point:
         middle = (top + bottom - high) / 2
         corners = [(right, middle), (left - wide, middle), *corners]
-    for x, y in corners:
-        x, y = min(max(x, 0), size[0] - wide - 1), min(max(y, 0), size[1] - high - 1)
-        box = (x, y, x + wide, y + high)
-        if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in placed):
-            placed.append(box)
-            pen.rectangle(box, fill=colour)
-            is_light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
-            pen.text((x + 3, y + high / 2), text, font=font, fill="black" if is_light else "white", anchor="lm")
-            return wide * high
-    return 0
+    inside = [(min(max(x, 0), size[0] - wide - 1), min(max(y, 0), size[1] - high - 1)) for x, y in corners]
+    boxes = [(x, y, x + wide, y + high) for x, y in inside]
+    free = [box for box in boxes if not any(_shared(box, other) for other in placed)]
+    if not free:
+        return 0
+    box = min(free, key=lambda box: sum(_shared(box, other) for other in things))
+    placed.append(box)
+    pen.rectangle(box, fill=colour)
+    is_light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+    pen.text((box[0] + 3, box[1] + high / 2), text, "black" if is_light else "white", font, anchor="lm")
+    return wide * high
 
 
 @lru_cache(4096)
@@ -136,3 +143,7 @@ def _colour(index: int) -> Colour:
 
 def _grown(box: Box, by: float) -> Box:
     return box[0] - by, box[1] - by, box[2] + by, box[3] + by
+
+
+def _shared(a: Box, b: Box) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
