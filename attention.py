@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm, apply_rotary_pos_emb
 
 varlen_attn: Any
 try:
@@ -156,10 +156,17 @@ def rotate_(x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor) -
 
 
 class WindowAttention(Qwen2Attention):
-    """Qwen2Attention that, given a `step` and a `slot_cache`, attends over the latter; else transformers' own."""
+    """Qwen2Attention that, given a `step` and a `slot_cache`, attends over the latter, and given `windows` as these
+    say (training/pack.py of the repository); else transformers' own."""
 
-    def forward(self, hidden_states, position_embeddings, *args, step=None, slot_cache=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, *args, step=None, slot_cache=None, windows=None, **kwargs):
         """hidden_states: `[1, T, hidden]` packed if `step` is given; else everything is Qwen2Attention's."""
+        if windows is not None:  # a pass with gradients: nothing in place, nothing kept
+            parts = [linear(hidden_states) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+            query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            attended = windows.attend(query.to(value.dtype), key.to(value.dtype), value, self.scaling)
+            return self.o_proj(attended.flatten(2)), None
         if step is None:
             return super().forward(hidden_states, position_embeddings, *args, **kwargs)
         projected = [linear(hidden_states[0]) for linear in (self.q_proj, self.k_proj, self.v_proj)]

@@ -30,7 +30,7 @@ class TrainingOutput(ModelOutput):
 
 
 class Pack:
-    """What the decoder's layers ask in a training pass, as they ask a decode step; `forward(windows=pack)` runs it.
+    """Who sees whom in a training pass, as the decoder's layers ask it; `forward(windows=pack)` runs it.
 
     flex: attend by FlexAttention, compiled, in one call; otherwise by two of SDPA for each sample, which is as exact:
     the causal part, which never sees a window, then the windows.
@@ -49,12 +49,7 @@ class Pack:
         moved.places, moved._masks = self.places.to(device, **kwargs), None
         return moved
 
-    # ---- as the layers' step and cache
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, step: Any) -> tuple[torch.Tensor, ...]:
-        return key, value  # nothing is kept
-
-    def attend(self, query, keys, values, scaling: float, implementation: str) -> torch.Tensor:
+    def attend(self, query, keys, values, scaling: float) -> torch.Tensor:
         """query: `[1, heads, T, D]`; keys, values: `[1, kv_heads, T, D]`. Returns `[1, T, heads, D]`."""
         if self.flex:
             if self._masks is None:
@@ -85,8 +80,6 @@ class Pack:
         rows = tuple(self.places)
         return lambda batch, head, q, k: sees([row[q] for row in rows], [row[k] for row in rows])
 
-    # ---- as what the language model's forward runs
-
     def run(
         self, model: Any, labels: torch.Tensor | None = None, num_items_in_batch: Any = None, **inputs: Any
     ) -> Any:
@@ -97,7 +90,7 @@ class Pack:
         """
         kept = {name: inputs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")}
         # a dict is transformers' way of saying that masks are made already
-        told = {"attention_mask": {"full_attention": None}, "use_cache": False, "step": self, "slot_cache": self}
+        told = {"attention_mask": {"full_attention": None}, "use_cache": False, "windows": self}
         hidden, head = model.model(**kept, **told).last_hidden_state, model.get_output_embeddings()
         if labels is None:
             return CausalLMOutputWithPast(logits=head(hidden))
