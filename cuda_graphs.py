@@ -25,21 +25,37 @@ logger = logging.get_logger(__name__)
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 WORTH_CAPTURING = 9  # a capture costs about what so many steps without a graph cost more
+WORTH_PACKING = 256  # cells: up to here, products take as long as reading the weights does
 WARM_UP_STEPS = 2  # libraries choose and set up their kernels outside the capture
 
-Shape = tuple[int, int, bool, int, bool]
+
+class Shape(NamedTuple):
+    """rows: in slots 0 … rows - 1. pending, windows, longest, cells: see `DecodeStep`. decides: whether the rules are
+    part of the step."""
+
+    rows: int
+    pending: int
+    windows: bool
+    longest: int
+    cells: int
+    decides: bool
+
+    @property
+    def grid(self) -> int:
+        return self.rows * (self.pending + WINDOW * self.windows)
+
 
 _capturing = threading.Lock()  # one at a time in the process: they share a stream, and torch's allocator
 
 
-def bucket(
-    rows: int, pending: int, windows: bool, longest: int, decides: bool = False, *, slots: int, capacity: int
-) -> Shape:
+def bucket(shape: Shape, *, slots: int, capacity: int) -> Shape:
     """The shape to run a step in, each number at least what was asked; `longest` grows by at most a quarter."""
     sizes = [size for size in ROW_BUCKETS if size < slots] + [slots]
-    longest = min(round_up(longest, max(KEY_BLOCK, 1 << max(0, longest.bit_length() - 3))), capacity)
-    pending = 1 if pending == 1 and not windows else WINDOW
-    return sizes[bisect_left(sizes, rows)], pending, windows, longest, decides
+    longest = min(round_up(shape.longest, max(KEY_BLOCK, 1 << max(0, shape.longest.bit_length() - 3))), capacity)
+    pending = 1 if shape.pending == 1 and not shape.windows else WINDOW
+    wider = shape._replace(rows=sizes[bisect_left(sizes, shape.rows)], pending=pending, longest=longest)
+    parts = [wider.grid // 2, wider.grid * 3 // 4] if wider.grid > WORTH_PACKING else []
+    return wider._replace(cells=next((part for part in parts if part >= shape.cells), wider.grid))
 
 
 def capturable(model: Any, device: torch.device) -> bool:
@@ -100,12 +116,12 @@ class DecodeGraphs:
         """What `compute` gives, of the first rows.
 
         Args:
-            compute: `(*shape) -> [rows, …]`, on the current CUDA device, reading and writing weights and buffers only.
+            compute: `(shape) -> [rows, …]`, on the current CUDA device, reading and writing weights and buffers only.
         """
         cache = self.buffers.cache
         if cache.version != self.version:
             self.place(self.buffers)
-        wider = bucket(*shape, slots=min(cache.slots, len(self.buffers.state)), capacity=cache.places - 1)
+        wider = bucket(shape, slots=min(cache.slots, len(self.buffers.state)), capacity=cache.places - 1)
         self.uses[wider] += 1
         if self.works and wider not in self.graphs and self.uses[wider] >= WORTH_CAPTURING:
             try:
@@ -116,10 +132,10 @@ class DecodeGraphs:
                 logger.warning_once(f"the decode step cannot be captured as a CUDA graph, and runs as it is: {error}")
                 self.works, self.graphs = False, {}
         if wider not in self.graphs:
-            return compute(*shape)
+            return compute(shape)
         replay, result = self.graphs[wider]
         replay()
-        return result[: shape[0]]
+        return result[: shape.rows]
 
 
 def capture_graph(
@@ -134,9 +150,9 @@ def capture_graph(
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):
-                compute(*shape)  # writes what the replay will write, so it may run any number of times
+                compute(shape)  # writes what the replay will write, so it may run any number of times
         with capture:
-            result = compute(*shape)
+            result = compute(shape)
         main.wait_stream(side)
     graphs.pool = graph.pool()
     return graph.replay, result

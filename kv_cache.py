@@ -211,15 +211,15 @@ class DecodeStep(Step):
     Args:
         state: `[R, WIDTH]` long, see `State`. pending: P, at least the most that a row has. windows: whether any has
             one. longest: the largest place written, plus one.
-        packed: cells that a row does not use are left out. Otherwise the whole grid is computed: shapes then follow
-            from the arguments alone, without a device-to-host copy.
+        cells: how many to compute, at least those that rows use, of which they are the first; by default the whole
+            grid. Shapes follow from the arguments alone, without a device-to-host copy.
 
     Attributes:
         slots, offsets, masked: `[T]`, of each fed token: where it is written, and whether the mask token is fed.
         positions: `[1, T]`. visible: `[R, Q, K]` bool.
     """
 
-    def __init__(self, state: torch.Tensor, *, pending: int, windows: bool, longest: int, packed: bool = True):
+    def __init__(self, state: torch.Tensor, *, pending: int, windows: bool, longest: int, cells: int | None = None):
         device, rows, width = state.device, len(state), pending + WINDOW * windows
         self.shape = (rows, width)
         n = (state[:, State.COMMITTED] + state[:, State.DRAFTED])[:, None]
@@ -241,8 +241,8 @@ class DecodeStep(Step):
         self._mask: torch.Tensor | None = None
 
         self.kept = torch.arange(rows * width, device=device)
-        if packed:
-            self.kept = self.kept[valid.flatten()]
+        if cells is not None and cells < len(self.kept):
+            self.kept = (~valid.flatten()).int().argsort(stable=True)[:cells]
         self.slots = self.kept // width
         self.offsets = offsets.flatten()[self.kept]
         self.positions = positions.flatten()[self.kept].unsqueeze(0)

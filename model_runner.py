@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from .configuration import WINDOW, TokenRoles
-from .cuda_graphs import Buffers, keep, release, take
+from .cuda_graphs import Buffers, Shape, keep, release, take
 from .decoding import (
     Acceptance,
     Phase,
@@ -33,7 +33,8 @@ PLAIN = SamplingParameters()
 
 
 def packs(device: torch.device) -> bool:
-    """Whether steps leave unused cells out: on CPU arithmetic is what costs, elsewhere the copy that counts them."""
+    """Whether steps leave unused cells out, and rules rows of other phases: on CPU arithmetic is what costs, elsewhere
+    kernels."""
     return device.type == "cpu"
 
 
@@ -63,7 +64,7 @@ class ModelRunner:
     ):
         self.model, self.roles, self.device = model, roles, device
         self.graphs = take(model, device) if graphs else None
-        self.packed = packs(device) and self.graphs is None
+        self.packs = packs(device) and self.graphs is None
         shape = slots, capacity + 1 + WINDOW
         kept = self.graphs.buffers if self.graphs else None
         if kept is None or kept.tokens.shape[0] < shape[0] or kept.tokens.shape[1] < shape[1]:
@@ -153,10 +154,13 @@ class ModelRunner:
         pending = [len(row.pending) for row in rows.values()]
         longest = max(row.cached + fed for row, fed in zip(rows.values(), pending, strict=True)) + WINDOW * windows
         self.reserve(max(active), longest)
-        decides = not self.packed and all(map(is_plain, rows.values()))
-        shape = max(rows) + 1, max(pending), windows, longest, decides
+        decides = not self.packs and all(map(is_plain, rows.values()))
+        used = sum(pending) + WINDOW * sum(row.phase != Phase.AR for row in rows.values())
+        shape = Shape(max(rows) + 1, max(pending), windows, longest, used, decides)
+        if not self.packs and not self.graphs:
+            shape = shape._replace(cells=shape.grid)
         with torch.cuda.device_of(self.state):  # a graph is captured and replayed on the current device
-            result = self.graphs.run(self.compute, shape) if self.graphs else self.compute(*shape)
+            result = self.graphs.run(self.compute, shape) if self.graphs else self.compute(shape)
         told = result.cpu()[order] if decides else self.decide([rows[slot] for slot in order], result).cpu()
         scores = told[:, -WINDOW:].int().view(torch.float32)
         return [
@@ -175,13 +179,14 @@ class ModelRunner:
         self.state.copy_(self.upload(lines))
         return order
 
-    def compute(self, rows: int, pending: int, windows: bool, longest: int, decides: bool) -> torch.Tensor:
-        """A pass over the first `rows` slots, a function of what is on the device and of these shapes only: CUDA
-        graphs capture it. `[R, Q, hidden]`, in the grid of a `DecodeStep`, or what `told` gives if it `decides`."""
+    def compute(self, shape: Shape) -> torch.Tensor:
+        """A pass over the first slots, a function of what is on the device and of the shape only: CUDA graphs capture
+        it. `[R, Q, hidden]`, in the grid of a `DecodeStep`, or what `told` gives if the step decides."""
+        rows, pending, windows, longest, cells, decides = shape
         state = self.state[:rows]
         place = state[:, State.CACHED, None] + torch.arange(WINDOW, device=self.device)
         self.tokens[:rows].scatter_(1, place, state[:, State.PENDING :])
-        step = DecodeStep(state, pending=pending, windows=windows, longest=longest, packed=self.packed)
+        step = DecodeStep(state, pending=pending, windows=windows, longest=longest, cells=cells)
         ids = self.tokens[step.slots, step.positions.squeeze(0)].masked_fill(step.masked, self.roles.mask)
         hidden = self.model.decode(self.model.embed_prompt(ids, []), step, self.cache)
         hidden = step.to_grid(hidden.to(self.device))

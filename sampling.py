@@ -90,8 +90,11 @@ class Sampler:
         if drawing:
             side_by_side = slice(drawing[0], drawing[-1] + 1)
             noise = torch.empty_like(probabilities[side_by_side])
-            for own, place in zip(noise, drawing, strict=True):
-                own.exponential_(generator=rows[place].generator or self.generator)
+            if any(rows[place].generator for place in drawing):
+                for own, place in zip(noise, drawing, strict=True):
+                    own.exponential_(generator=rows[place].generator or self.generator)
+            else:
+                noise.exponential_(generator=self.generator)
             tokens[side_by_side] = draw(noise, probabilities[side_by_side])
         return probabilities, tokens, faults.amax(-1)
 

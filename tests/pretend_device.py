@@ -180,8 +180,10 @@ class Tape(TorchDispatchMode):
         return result
 
 
-class Attention(TorchFunctionMode):
-    """`scaled_dot_product_attention` as the one kernel that it is on an accelerator."""
+class Fused(TorchFunctionMode):
+    """Functions that are one kernel on CUDA, and a handful on a device that torch does not know."""
+
+    FUNCTIONS = (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.rms_norm, torch.rms_norm)
 
     def __init__(self, device: PretendDevice):
         super().__init__()
@@ -189,10 +191,10 @@ class Attention(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is not torch.nn.functional.scaled_dot_product_attention or not isinstance(args[0], OnDevice):
+        if function not in self.FUNCTIONS or not isinstance(args[0], OnDevice):
             return function(*args, **kwargs)
         tensors = tensors_of(args, kwargs)
-        assert all(isinstance(each, OnDevice) for each in tensors), "attention over tensors of two devices"
+        assert all(isinstance(each, OnDevice) for each in tensors), "tensors of two devices"
         with _disable_current_modes():
             return self.device.do(function, tensors, args, kwargs)
 
@@ -210,7 +212,7 @@ class PretendDevice(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.attention, self.exits = Attention(self), contextlib.ExitStack()
+        self.fused, self.exits = Fused(self), contextlib.ExitStack()
         self.events: list[Event] = []
         self.violations: list[Event] = []
         self.operations: list[Operation] = []
@@ -221,7 +223,7 @@ class PretendDevice(TorchDispatchMode):
         # torch.tensor(…, device=…) then makes a tensor on the host and copies it, which is seen
         self.exits.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
-        self.exits.enter_context(self.attention)
+        self.exits.enter_context(self.fused)
         autocast = torch.autocast
         self.exits.enter_context(
             mock.patch.object(

@@ -16,36 +16,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locateanything.cuda_graphs as cuda_graphs
+from locateanything.cuda_graphs import Shape
 from locateanything.kv_cache import KEY_BLOCK, SlotKVCache
 from tests.conftest import Batch, cases_of, model_of
 from tests.pretend_device import Tape, replayed
 
 
+def shape_of(rows: int, pending: int = 6, windows: bool = True, longest: int = 100, used: float = 1.0) -> Shape:
+    shape = Shape(rows, pending, windows, longest, 0, True)
+    return shape._replace(cells=max(1, int(used * shape.grid)))
+
+
 @given(
-    rows=st.integers(1, 64),
-    pending=st.integers(1, 6),
-    windows=st.booleans(),
-    longest=st.integers(1, 5000),
-    decides=st.booleans(),
+    shape=st.builds(
+        shape_of, st.integers(1, 64), st.integers(1, 6), st.booleans(), st.integers(1, 5000), st.floats(0, 1)
+    ),
     more=st.integers(0, 30),
 )
-def test_a_bucket_holds_the_step_and_little_more(rows, pending, windows, longest, decides, more):
-    slots, capacity = rows + more, longest + more
-    b_rows, b_pending, b_windows, b_longest, b_decides = cuda_graphs.bucket(
-        rows, pending, windows, longest, decides, slots=slots, capacity=capacity
-    )
-    assert rows <= b_rows <= min(slots, 2 * rows) and (b_windows, b_decides) == (windows, decides)
-    assert b_pending == (1 if pending == 1 and not windows else 6)
-    assert longest <= b_longest <= min(capacity, max(longest + KEY_BLOCK - 1, longest * 5 // 4 + 1))
+def test_a_bucket_holds_the_step_and_little_more(shape, more):
+    slots, capacity = shape.rows + more, shape.longest + more
+    wider = cuda_graphs.bucket(shape, slots=slots, capacity=capacity)
+    assert shape.rows <= wider.rows <= min(slots, 2 * shape.rows)
+    assert (wider.windows, wider.decides) == (shape.windows, shape.decides)
+    assert wider.pending == (1 if shape.pending == 1 and not shape.windows else 6)
+    most = max(shape.longest + KEY_BLOCK - 1, shape.longest * 5 // 4 + 1)
+    assert shape.longest <= wider.longest <= min(capacity, most)
+    assert shape.cells <= wider.cells <= wider.grid
+    if wider.grid > cuda_graphs.WORTH_PACKING:
+        assert wider.cells <= max(wider.grid // 2, shape.cells + wider.grid // 4 + 1)
 
 
 def test_few_shapes_occur():
     shapes = {
-        cuda_graphs.bucket(rows, 6, True, longest, True, slots=32, capacity=4096)
+        cuda_graphs.bucket(shape_of(rows, longest=longest, used=used), slots=32, capacity=4096)
         for rows in range(1, 33)
-        for longest in range(300, 2400)
+        for longest in range(300, 2400, 7)
+        for used in (0.1, 0.6, 1.0)
     }
-    assert len(shapes) <= 8 * 20
+    assert len(shapes) <= 12 * 20
 
 
 def simulate_graphs(monkeypatch, uses: int = 1) -> list[tuple]:
@@ -55,12 +63,13 @@ def simulate_graphs(monkeypatch, uses: int = 1) -> list[tuple]:
     def capture(graphs, compute, shape):
         captured.append(shape)
         with Tape() as tape:
-            result = compute(*shape)
+            result = compute(shape)
         return functools.partial(replayed, tape.operations), result
 
     monkeypatch.setattr(cuda_graphs, "capture_graph", capture)
     monkeypatch.setattr(cuda_graphs, "capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "WORTH_CAPTURING", uses)
+    monkeypatch.setattr(cuda_graphs, "WORTH_PACKING", 30)  # of few rows too
     monkeypatch.setattr(cuda_graphs, "_kept", WeakKeyDictionary())
     return captured
 
@@ -75,6 +84,7 @@ def test_many_rows_share_few_graphs(golden, captured):
     output = batch.run(max_batch_rows=17)
     assert batch.answers(output) == batch.expected()
     assert 3 < len(captured) == len(set(captured)) <= 40
+    assert any(shape.cells < shape.grid for shape in captured)
 
 
 def test_an_empty_slot_has_nothing_to_do(captured):
@@ -278,22 +288,22 @@ def test_a_capture_warms_up_and_happens_beside_and_shares_a_pool(graphs, monkeyp
     driver = Driver(monkeypatch)
     hidden = torch.arange(12.0).view(2, 3, 2)
 
-    def compute(rows, *shape):
-        driver.events.append(f"compute {rows} on {driver.current}")
-        return hidden[:rows]
+    def compute(shape):
+        driver.events.append(f"compute {shape.rows} on {driver.current}")
+        return hidden[: shape.rows]
 
-    assert torch.equal(graphs.run(compute, (1, 6, True, 100, True)), hidden[:1])
+    assert torch.equal(graphs.run(compute, shape_of(1)), hidden[:1])
     warm_up = ["side waits for main", *["compute 1 on side"] * cuda_graphs.WARM_UP_STEPS]
     capture = ["capture into None", "compute 1 on side", "captured", "main waits for side"]
     assert driver.events == [*warm_up, *capture, "replay"]
     driver.events.clear()
-    graphs.run(compute, (1, 6, True, 100, True))
+    graphs.run(compute, shape_of(1))
     assert driver.events == ["replay"]
-    graphs.run(compute, (2, 6, True, 100, True))
+    graphs.run(compute, shape_of(2))
     assert "capture into pool" in driver.events
     graphs.buffers.cache.reserve(4, 2048)  # its layers have moved
     driver.events.clear()
-    graphs.run(compute, (2, 6, True, 100, True))
+    graphs.run(compute, shape_of(2))
     assert "capture into None" in driver.events
 
 
@@ -303,5 +313,5 @@ def test_out_of_memory_in_a_capture_is_the_loops_to_handle(graphs, monkeypatch):
 
     monkeypatch.setattr(cuda_graphs, "capture_graph", capture)
     with pytest.raises(torch.OutOfMemoryError):
-        graphs.run(lambda *shape: None, (1, 6, True, 100, True))
+        graphs.run(lambda shape: None, shape_of(1))
     assert graphs.works

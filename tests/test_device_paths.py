@@ -86,7 +86,7 @@ def test_rows_that_fit_into_half_of_the_free_memory(monkeypatch):
 
 
 def test_a_step_follows_its_layer_to_another_device():
-    step = DecodeStep(torch.tensor([State.empty()] * 2), pending=2, windows=True, longest=14, packed=False)
+    step = DecodeStep(torch.tensor([State.empty()] * 2), pending=2, windows=True, longest=14)
     assert step.to(torch.device("cpu")) is step
     moved = step.to(torch.device("meta"))
     assert {getattr(moved, name).device.type for name in ("slots", "offsets", "positions", "kept")} == {"meta"}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from locateanything.decoding import Phase
@@ -24,16 +24,17 @@ VERIFIED = st.tuples(CACHED, PENDING, st.integers(0, 5)).map(
 ROW = PLAIN | VERIFIED
 
 
-def step_of(rows, packed=True, empty=0) -> DecodeStep:
+def step_of(rows, packed=True, empty=0, more=0) -> DecodeStep:
     state = [State.empty() for _ in range(len(rows) + empty)]
     for line, row in zip(state, rows, strict=False):
         line[State.COMMITTED], line[State.CACHED], line[State.DRAFTED], line[State.PHASE] = row
+    used = sum(n + m - c + (0 if phase == Phase.AR else 6) for n, c, m, phase in rows)
     return DecodeStep(
         torch.tensor(state),
         pending=max(n + m - c for n, c, m, _ in rows),
         windows=any(phase != Phase.AR for *_, phase in rows),
         longest=max(n + m + (0 if phase == Phase.AR else 6) for n, _, m, phase in rows),
-        packed=packed,
+        cells=used + more if packed else None,
     )
 
 
@@ -70,6 +71,17 @@ def test_a_whole_grid_feeds_the_same_tokens_among_unused_cells(rows, empty):
     unused = torch.ones(len(whole.kept), dtype=torch.bool)
     unused[packed.kept] = False
     assert (whole.offsets[unused] == -1).all(), "unused cells, all those of empty slots, write to a slot's last place"
+
+
+@given(rows=st.lists(ROW, min_size=1, max_size=5), empty=st.integers(0, 3), more=st.integers(0, 20))
+def test_cells_beyond_the_used_ones_are_unused_ones(rows, empty, more):
+    packed, padded = step_of(rows), step_of(rows, empty=empty, more=more)
+    used = len(packed.kept)
+    assume(used + more < padded.shape[0] * padded.shape[1])
+    assert len(padded.kept) == used + more
+    for name in ("kept", "slots", "offsets", "masked"):
+        assert torch.equal(getattr(padded, name)[:used], getattr(packed, name))
+    assert (padded.offsets[used:] == -1).all() and len(padded.kept.unique()) == len(padded.kept)
 
 
 @given(rows=st.lists(ROW, min_size=1, max_size=5))

@@ -35,13 +35,14 @@ def with_graphs(device: PretendDevice, patch: pytest.MonkeyPatch, uses: int = 1)
 
     def capture(graphs, compute, shape):
         for _ in range(cuda_graphs.WARM_UP_STEPS):
-            compute(*shape)
+            compute(shape)
         captured.append(shape)
-        return device.capture(lambda: compute(*shape))
+        return device.capture(lambda: compute(shape))
 
     patch.setattr(cuda_graphs, "capture_graph", capture)
     patch.setattr(cuda_graphs, "capturable", lambda model, device: True)
     patch.setattr(cuda_graphs, "WORTH_CAPTURING", uses)
+    patch.setattr(cuda_graphs, "WORTH_PACKING", 30)  # of few rows too
     patch.setattr(cuda_graphs, "_kept", WeakKeyDictionary())
     return captured
 
