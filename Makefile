@@ -17,7 +17,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 RELEASE := $(if $(filter newest,$(TRANSFORMERS)),--upgrade transformers,transformers==$(TRANSFORMERS))
 DEFAULT := $(if $(filter file,$(origin TRANSFORMERS)),.venv/default,$(VENV))
 
-.PHONY: help demo test test-all coverage lint clean
+.PHONY: help demo test test-all coverage lint gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test-all  all tests, with the packages that only they need  (ARGS='-m slow' for the slow ones)"
 	@echo "make coverage  the tests, and what they reach of the remote code, patch/ and hub/"
 	@echo "make lint      linter, formatter and type checker"
+	@echo "make gpu       on a CUDA machine: tests and measurements, in benchmarks/gpu-NAME.json"
 	@echo "make clean     remove environments, caches and results"
 	@echo "TRANSFORMERS=$(TRANSFORMERS) picks the environment, PYTHON=$(PYTHON) what it is made with."
 
@@ -57,6 +58,10 @@ lint: $(STAMP)
 		xargs -I{} ln -s {} $(TYPES)/remote_code/
 	MYPYPATH=$(TYPES) $(BIN)/mypy -p remote_code
 	$(BIN)/mypy locate.py upload_to_hub.py hub patch
+
+# The stock needs TRANSFORMERS=4.57.6; its folder and a name are arguments: ARGS="--stock DIR --name h100"
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf .venv .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis located

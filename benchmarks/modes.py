@@ -46,14 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, processor = load(assemble(arguments.checkpoint, Path(folder) / "drop-in"))
     drawn = list(scenes(arguments.scenes, arguments.seed))
-    talks = [
-        [{"role": "user", "content": [{"type": "image", "image": s.image}, {"type": "text", "text": question}]}]
-        for s in drawn
-        for question in [processor.build_question("detect", s.queries)]
-    ]
-    inputs = processor.apply_chat_template(
-        talks, add_generation_prompt=True, tokenize=True, padding=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = inputs_of(processor, drawn)
     record = {"benchmark": "modes", "scenes": len(drawn), "seed": arguments.seed, **environment(model.device)}
     print(f"{len(drawn)} scenes, {arguments.checkpoint}, greedy, float32; {record['machine']}, {record['date']}\n")
     print("| mode | tokens a forward | forwards of slow's | rows as slow | precision | recall | AUROC of scores |")
@@ -80,6 +73,18 @@ def main() -> None:
 def load(folder: Path) -> tuple[Any, Any]:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def inputs_of(processor: Any, drawn: list[Scene]) -> Any:
+    """A row for each scene, which asks for all its queries at once."""
+    talks = [
+        [{"role": "user", "content": [{"type": "image", "image": s.image}, {"type": "text", "text": question}]}]
+        for s in drawn
+        for question in [processor.build_question("detect", s.queries)]
+    ]
+    return processor.apply_chat_template(
+        talks, add_generation_prompt=True, tokenize=True, padding=True, return_dict=True, return_tensors="pt"
+    )
 
 
 def answers_of(output: Any) -> list[list[int]]:
