@@ -13,6 +13,8 @@ STAMP := $(VENV)/.stamp
 STAMP_ALL := $(VENV)/.stamp-all
 TYPES := $(VENV)/types
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# What the type checker examines besides the remote code
+TYPED := locate.py upload_to_hub.py hub $(wildcard finetune.py serve.py scan serving training)
 # What pip is asked for, and which environment `.venv/default` leads to (the one of a plain `make`)
 RELEASE := $(if $(filter newest,$(TRANSFORMERS)),--upgrade transformers,transformers==$(TRANSFORMERS))
 DEFAULT := $(if $(filter file,$(origin TRANSFORMERS)),.venv/default,$(VENV))
@@ -23,8 +25,8 @@ DEFAULT := $(if $(filter file,$(origin TRANSFORMERS)),.venv/default,$(VENV))
 help:
 	@echo "make demo      set up an environment and ground the demo pictures"
 	@echo "make test      set up and run the tests, but for the slow ones   (ARGS='-k assembly' for some)"
-	@echo "make test-all  all tests, with the packages that only they need  (ARGS='-m slow' for the slow ones)"
-	@echo "make coverage  the tests, and what they reach of the remote code, patch/ and hub/"
+	@echo "make test-all  all tests, with what only they need              (ARGS='-m slow' for the slow ones)"
+	@echo "make coverage  the tests, and what they reach of the code"
 	@echo "make lint      linter, formatter and type checker"
 	@echo "make gpu       on a CUDA machine: tests and measurements, in benchmarks/gpu-NAME.json"
 	@echo "make clean     remove environments, caches and results"
@@ -45,7 +47,7 @@ coverage: $(STAMP_ALL)
 	$(subst python -m,coverage run -m,$(PYTEST)) -m "" $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --include="$$($(BIN)/python -c \
-		'import upload_to_hub as u; print(*u.remote_code_files(), "patch/*", "hub/*", sep=",")')"
+		'import upload_to_hub as u; print(*u.remote_code_files(), *"patch/* hub/* scan/* serving/* training/*".split(), sep=",")')"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -57,7 +59,7 @@ lint: $(STAMP)
 	$(BIN)/python -c 'import upload_to_hub as u; print(*u.remote_code_files(), sep="\n")' | \
 		xargs -I{} ln -s {} $(TYPES)/remote_code/
 	MYPYPATH=$(TYPES) $(BIN)/mypy -p remote_code
-	$(BIN)/mypy locate.py upload_to_hub.py hub patch
+	$(BIN)/mypy $(TYPED) patch
 
 # The stock needs TRANSFORMERS=4.57.6; its folder and a name are arguments: ARGS="--stock DIR --name h100"
 gpu: $(STAMP)
@@ -80,6 +82,9 @@ $(STAMP): pyproject.toml Makefile $(if $(filter newest,$(TRANSFORMERS)),always)
 	@echo "To work in this environment:  source $(DEFAULT)/bin/activate"
 
 $(STAMP_ALL): $(STAMP)
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get update -q && apt-get install -qy --no-install-recommends chromium; } || \
+		{ echo "tests of the server's page drive chromium, which is missing; as root: apt install chromium" >&2; exit 1; }
 	$(BIN)/python -m pip install --group all
 	touch $@
 
