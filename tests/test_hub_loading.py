@@ -15,6 +15,7 @@ from PIL import Image
 import hub.loading
 from hub.loading import ModelError, load, loadable
 from tests.conftest import CHECKPOINTS, GOLDENS
+from tests.test_docs import blocks_of
 from upload_to_hub import assemble
 
 DEMO = CHECKPOINTS["shapes"]
@@ -100,6 +101,12 @@ def test_int8_rows_are_their_own_in_any_batch():
     end = processor.tokenizer.eos_token
     assert [text.split(end)[0] for text in together] == [text.split(end)[0] for text in alone]
     assert sum("<box>" in text for text in alone) > 6
+    # and so in Python, as the docs have it
+    (code,) = [code for _, code in blocks_of("docs/api.md", "py") if "torchao" in code]
+    scope = {"folder": loadable(str(DEMO))}
+    exec(code, scope)
+    model = scope["model"]
+    assert answers([row for pair in rows for row in pair]) == together
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
