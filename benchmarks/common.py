@@ -114,6 +114,19 @@ def random_model(scale: str, dtype: torch.dtype, device: str, layers: list[int] 
     return model.to(device).eval()
 
 
+_clock = [time.perf_counter]
+
+
+def now() -> float:
+    return _clock[0]()
+
+
+def count_cpu_seconds() -> None:
+    """From here on seconds are those that a CPU worked for this process, on one thread: other work may run beside."""
+    torch.set_num_threads(1)
+    _clock[0] = time.process_time
+
+
 class Stages:
     """Seconds and calls of a model's stages, by replacing the methods that the loop calls."""
 
@@ -136,10 +149,10 @@ class Stages:
 
     def timed(self, name, function, *args):
         synchronize(self.device)
-        start = time.perf_counter()
+        start = now()
         result = function(*args)
         synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds[name] += now() - start
         self.calls[name] += 1
         return result
 
@@ -193,10 +206,10 @@ def bandwidth(device: torch.device) -> float:
     best = 0.0
     for _ in range(5):
         synchronize(device)
-        start = time.perf_counter()
+        start = now()
         data.sum()
         synchronize(device)
-        best = max(best, data.numel() * 4 / (time.perf_counter() - start))
+        best = max(best, data.numel() * 4 / (now() - start))
     return best
 
 

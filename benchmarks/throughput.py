@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,9 +35,11 @@ from common import (
     bandwidth,
     config_of,
     count,
+    count_cpu_seconds,
     counts,
     decoder_bytes,
     environment,
+    now,
     print_json,
     random_model,
     size,
@@ -139,10 +140,10 @@ def timed(function, device, repeats: int) -> tuple[float, Any]:
     seconds, result = [], None
     for _ in range(repeats):
         synchronize(device)
-        start = time.perf_counter()
+        start = now()
         result = function()
         synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
     return median(seconds), result
 
 
@@ -346,7 +347,10 @@ def main() -> None:
     parser.add_argument("--stock-dtype", choices=dtypes, default="bfloat16" if cuda else "float32")
     parser.add_argument("--switches", action="store_true", help="instead: what each of generate's switches brings")
     parser.add_argument("--json", metavar="FILE", help="append one line per result")
+    parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, where other work runs beside")
     arguments = parser.parse_args()
+    if arguments.cpu_seconds:
+        count_cpu_seconds()
 
     bench = Bench(
         arguments.scale, arguments.dtype, arguments.device, layers=arguments.layers, quantize=arguments.quantize,
