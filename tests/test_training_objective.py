@@ -15,7 +15,8 @@ from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 from tests.conftest import CHECKPOINTS, GOLDENS
 from tests.test_training import checkpointing
 from training import MTPCollator
-from training.objective import IGNORED, Marks, Sample, blocks, places_of, quantise, sample_of, sees
+from training.data import thousandths
+from training.objective import IGNORED, Marks, Sample, blocks, places_of, sample_of, sees
 from training.pack import Pack
 from training.validation import MODES, validate
 from upload_to_hub import assemble
@@ -154,7 +155,8 @@ def test_nothing_to_learn():
 
 
 def test_coordinates_are_rounded_and_stay_inside():
-    assert [quantise(v, 640) for v in (-3, 0, 0.31, 0.32, 320, 639.9, 700)] == [0, 0, 0, 1, 500, 1000, 1000]
+    assert thousandths((-3, 0, 0.31, 0.5), (640, 1000)) == [0, 0, 0, 1]
+    assert thousandths((320, 480), (640, 640)) == [500, 750] and thousandths((640, 700), (640, 640)) == [1000, 1000]
 
 
 # ---- the pass
@@ -295,7 +297,7 @@ def test_answers_that_are_not_the_models_are_refused_by_name(collator, answer, m
 
 def test_records_that_cannot_be_learnt_are_refused_by_name(collator, processor):
     said = record(ANSWERS[0])
-    with pytest.raises(ValueError, match="a record: conversations are from"):
+    with pytest.raises(ValueError, match="a record: turns are from"):
         collator([{**said, "conversations": said["conversations"][:1]}])
     with pytest.raises(ValueError, match=r"a record: .* max_length is 60"):
         MTPCollator(processor, none="none", max_length=60)([said])

@@ -50,9 +50,8 @@ class MTPCollator:
             check(record, self.none)
         talks = [messages_of(record) for record in records]
         inputs = self.processor.apply_chat_template(talks, tokenize=True, return_dict=True, return_tensors=None)
-        samples = []
-        for record, ids in zip(records, inputs["input_ids"], strict=True):
-            samples.append(self.sample(ids, record.get("name", "record")))
+        pairs = zip(records, inputs["input_ids"], strict=True)
+        samples = [self.sample(ids, record.get("name", "record")) for record, ids in pairs]
         batch: dict[str, Any] = {
             "input_ids": torch.tensor([[i for sample in samples for i in sample.ids]]),
             "position_ids": torch.tensor([[i for sample in samples for i in sample.positions]]),

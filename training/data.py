@@ -13,52 +13,57 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.objective import quantise
-
 ROLES = {"human": "user", "gpt": "assistant"}
 _BOX = re.compile(r"<box>(.*?)</box>", re.DOTALL)
 _COORDINATES = re.compile(r"(?:<[0-9]+>){2}|(?:<[0-9]+>){4}")
 
 
 def messages_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A record as the processor's messages: pictures that no question names stand before the first."""
+    """A record as the processor's messages, with lists of items; pictures that no question names come first."""
     if "messages" in record:
-        return list(record["messages"])
+        contents = [(each, each["content"]) for each in record["messages"]]
+        return [
+            {**each, "content": [{"type": "text", "text": c}] if isinstance(c, str) else c} for each, c in contents
+        ]
     told = record.get("image_list") or record.get("image") or []
-    pictures = told if isinstance(told, (list, tuple)) else [told]
     messages, shown = [], 0
     for turn in record["conversations"]:
         text = str(turn["value"])
-        if turn["from"] == "human":
-            while "<image>" in text:  # numbered in order
-                shown += 1
-                text = text.replace("<image>", f"<image-{shown}>", 1)
+        while turn["from"] == "human" and "<image>" in text:  # numbered in order
+            shown += 1
+            text = text.replace("<image>", f"<image-{shown}>", 1)
         messages.append({"role": ROLES.get(turn["from"], turn["from"]), "content": [{"type": "text", "text": text}]})
+    pictures = told if isinstance(told, (list, tuple)) else [told]
     messages[0]["content"][:0] = [{"type": "image", "image": picture} for picture in pictures]
     return messages
 
 
 def check(record: Mapping[str, Any], none: str) -> None:
     """Raises:
-    ValueError: turns that do not alternate from the human's, or an answer that is not in the answers' grammar.
+    ValueError: turns that do not alternate from the user's, or an answer that is not in the answers' grammar.
     """
     name = record.get("name", "record")
-    turns = [(turn["from"], turn["value"]) for turn in record.get("conversations") or ()]
-    if "messages" not in record and [who for who, _ in turns] != ["human", "gpt"] * max(1, len(turns) // 2):
-        raise ValueError(f"{name}: conversations are from {[who for who, _ in turns]}; expected human, gpt, human, …")
-    for answer in (text for who, text in turns if who == "gpt"):
+    messages = [each for each in messages_of(record) if each["role"] != "system"]
+    roles = [message["role"] for message in messages]
+    if roles != ["user", "assistant"] * max(1, len(roles) // 2):
+        raise ValueError(f"{name}: turns are from {roles}; expected user (human), assistant (gpt), user, …")
+    for answer in ("".join(item["text"] for item in message["content"]) for message in messages[1::2]):
         if answer.count("<box>") != answer.count("</box>") or answer.count("<ref>") != answer.count("</ref>"):
             raise ValueError(f"{name}: a <box> or <ref> without its end: {answer[:80]!r}")
-        for inside in _BOX.findall(answer):
-            numbers = [int(number) for number in re.findall("[0-9]+", inside)]
-            if inside != none and inside.lower() == none.lower():
+        for inside in (inside for inside in _BOX.findall(answer) if inside != none):
+            if inside.lower() == none.lower():
                 raise ValueError(f"{name}: <box>{inside}</box>; this model's word for nothing found is {none!r}.")
-            if inside == none:
-                continue
+            numbers = [int(number) for number in re.findall("[0-9]+", inside)]
             if not _COORDINATES.fullmatch(inside) or max(numbers) > 1000:
                 raise ValueError(f"{name}: <box>{inside}</box>; expected two or four of <0> … <1000>, or {none!r}.")
             if any(first > last for first, last in zip(numbers[:2], numbers[2:], strict=False)):
                 raise ValueError(f"{name}: <box>{inside}</box>; expected the top left corner first.")
+
+
+def thousandths(place: Iterable[float], size: Sequence[float]) -> list[int]:
+    """A box or point, x before y, as coordinate tokens have it. size: (width, height), in the same units."""
+    pairs = zip(place, [*size, *size], strict=False)
+    return [min(max(int(1000 * value / side + 0.5), 0), 1000) for value, side in pairs]
 
 
 def answer_of(found: Iterable[tuple[str | None, Sequence[Sequence[int]]]], none: str = "None") -> str:
@@ -67,9 +72,7 @@ def answer_of(found: Iterable[tuple[str | None, Sequence[Sequence[int]]]], none:
     said = []
     for label, boxes in found:
         spelt = ["".join(f"<{value}>" for value in box) for box in sorted(map(list, boxes))] or [none]
-        said.append(
-            ("" if label is None else f"<ref>{label}</ref>") + "".join(f"<box>{inside}</box>" for inside in spelt)
-        )
+        said += ["" if label is None else f"<ref>{label}</ref>", *(f"<box>{inside}</box>" for inside in spelt)]
     return "".join(said)
 
 
@@ -102,15 +105,15 @@ def read(source: str | Path, build_question: Any, none: str, negatives: int = 1)
             return
         pictures, labels = _coco(told, path.parent)
     for record, things in pictures:
-        if "error" not in record:
-            rng = random.Random(record["name"])
-            absent = [label for label in labels if label not in things]
-            asked = [*things, *rng.sample(absent, min(negatives, len(absent)))]
-            rng.shuffle(asked)
+        rng = random.Random(record["name"])
+        absent = [label for label in labels if label not in things]
+        asked = [*things, *rng.sample(absent, min(negatives, len(absent)))]
+        rng.shuffle(asked)
+        if asked:
             answer = answer_of([(label, things.get(label, ())) for label in asked], none)
             record["conversations"] = _turns(build_question("detect", asked), answer)
-            if not asked:
-                record["error"] = "no label to ask for"
+        else:
+            record.setdefault("error", "no label to ask for")
         yield record
 
 
@@ -144,9 +147,7 @@ def _coco(told: dict[str, Any], root: Path) -> tuple[Iterable[tuple[dict[str, An
         record, things = pictures[each["image_id"]]
         x, y, width, height = each["bbox"]
         if not each.get("iscrowd"):
-            box = [
-                quantise(v, side) for v, side in zip((x, y, x + width, y + height), record["size"] * 2, strict=True)
-            ]
+            box = thousandths((x, y, x + width, y + height), record["size"])
             things.setdefault(labels[each["category_id"]], []).append(box)
     return pictures.values(), [*labels.values()]
 
@@ -155,9 +156,8 @@ def _yolo(path: Path, split: str) -> tuple[Iterable[tuple[dict[str, Any], Things
     import yaml  # type: ignore[import-untyped] # which transformers needs
 
     told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    labels = (
-        told["names"] if isinstance(told["names"], list) else [told["names"][key] for key in sorted(told["names"])]
-    )
+    names = told["names"]  # a list, or a dict by number
+    labels = names if isinstance(names, list) else [name for _, name in sorted(names.items())]
     folder = path.parent / told.get("path", "") / told[split]
     pictures = []
     for image in sorted(each for each in folder.rglob("*") if each.is_file()):
@@ -167,7 +167,7 @@ def _yolo(path: Path, split: str) -> tuple[Iterable[tuple[dict[str, Any], Things
         try:
             for line in beside.read_text().splitlines() if beside.exists() else ():
                 kind, x, y, width, height = map(float, line.split()[:5])
-                box = [quantise(v, 1) for v in (x - width / 2, y - height / 2, x + width / 2, y + height / 2)]
+                box = thousandths((x - width / 2, y - height / 2, x + width / 2, y + height / 2), (1, 1))
                 things.setdefault(labels[int(kind)], []).append(box)
         except (ValueError, IndexError) as error:
             record["error"] = f"{beside.name}: {error}"
@@ -187,7 +187,7 @@ def _scan(folder: Path, build_question: Any, none: str) -> Iterator[dict[str, An
         size = found.width, found.height
         things: dict[str, list[list[int]]] = {found.query: []} if found.query else {}
         for each in found.detections:
-            place = [quantise(v, side) for v, side in zip(each.box or each.point or (), size * 2, strict=False)]
+            place = thousandths(each.box or each.point or (), size)
             things.setdefault((found.task != "point" and each.label) or found.query, []).append(place)
         said = [(None if found.task == "point" else label, places) for label, places in things.items()]
         question = build_question(found.task, [found.query] if found.query else [])

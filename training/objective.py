@@ -115,8 +115,3 @@ def sees(query: Any, key: Any) -> torch.Tensor:
     """Whether a query sees a key, both columns of `places_of`: a causal key before its prefix, or its own window."""
     causal = (key[1] < 0) & (key[2] < query[3])
     return (query[0] == key[0]) & (causal | ((query[1] >= 0) & (query[1] == key[1])))
-
-
-def quantise(value: float, side: float) -> int:
-    """Pixels → thousandths of the picture's side, as coordinate tokens have them."""
-    return min(max(int(1000 * value / side + 0.5), 0), 1000)

@@ -1,8 +1,7 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """How well a model answers records: precision and recall in each mode, and what that costs."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.data import messages_of
@@ -15,16 +14,6 @@ NEAR = 0.05  # of the picture's side: how far off a point may be
 def validate(model: Any, processor: Any, records: Sequence[Mapping[str, Any]], **told: Any) -> dict[str, dict]:
     """`scores` of `count`."""
     return {mode: scores(counts) for mode, counts in count(model, processor, records, **told).items()}
-
-
-@contextmanager
-def answering(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def count(
@@ -45,18 +34,20 @@ def count(
     asked = [(talk[:at], talk[at]) for talk in talks for at, turn in enumerate(talk) if turn["role"] == "assistant"]
     counts = {mode: [0] * 5 for mode in modes}
     layout = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "padding": True}
-    with answering(model):
-        for start in range(0, len(asked), rows):
-            some = asked[start : start + rows]
-            inputs = processor.apply_chat_template([question for question, _ in some], **layout, return_tensors="pt")
-            true = found(processor, ["".join(part["text"] for part in answer["content"]) for _, answer in some])
-            for mode in modes:
-                settings = {"generation_mode": mode, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
-                output = model.generate(**inputs.to(model.device), **settings)
-                given = found(processor, output)
-                right = sum(matched(*pair) for pair in zip(given, true, strict=True))
-                told = right, sum(map(len, given)), sum(map(len, true)), int(output.row_forwards.sum()), len(some)
-                counts[mode] = [sum(pair) for pair in zip(counts[mode], told, strict=True)]
+    training = model.training
+    model.eval()
+    for start in range(0, len(asked), rows):
+        some = asked[start : start + rows]
+        inputs = processor.apply_chat_template([question for question, _ in some], **layout, return_tensors="pt")
+        true = found(processor, ["".join(part["text"] for part in answer["content"]) for _, answer in some])
+        for mode in modes:
+            settings = {"generation_mode": mode, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+            output = model.generate(**inputs.to(model.device), **settings)
+            given = found(processor, output)
+            right = sum(matched(*pair) for pair in zip(given, true, strict=True))
+            told = right, sum(map(len, given)), sum(map(len, true)), int(output.row_forwards.sum()), len(some)
+            counts[mode] = [sum(pair) for pair in zip(counts[mode], told, strict=True)]
+    model.train(training)
     return counts
 
 
