@@ -104,9 +104,9 @@ class GenerationLoop:
             rewind()
             return self.halve(error)
         # not tried again: a row's draw is spent once the row beside it, a criterion or a streamer has its own
-        for row, *told in decided:
+        for row, line, scores in decided:
             try:
-                self.postprocess(row, *told)
+                self.postprocess(row, line, scores)
                 if row.finish_reason and row.streamer is not None:
                     row.streamer.end()
             except Exception as error:  # of the caller's criteria or streamer

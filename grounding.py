@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -103,12 +104,13 @@ class GroundingMixin:
 
         Args:
             outputs: ids `[rows, length]` of prompts with their answers or of answers alone, a `ModelOutput` with such
-                `sequences`, lists of ids, a text or a list of texts with special tokens kept.
+                `sequences`, a list of `GenerationOutput`s of requests, lists of ids, a text or a list of texts with
+                special tokens kept.
             target_sizes: `[rows, 2]` or a list of (height, width) in pixels. A row of several images takes a list of
                 them, one per image; its boxes lie in the image that the answer has named last, as `<image 2>`. None
                 leaves fractions of the image's sides, 0…1.
             threshold: what scores lower is left out; needs `outputs.token_log_probs`, which
-                `generate(return_dict_in_generate=True, output_scores=True)` returns.
+                `generate(return_dict_in_generate=True, output_scores=True)` returns; requests' outputs have them.
             queries: what was asked for, a list of texts for all rows or a list of lists, one per row.
 
         Returns:
@@ -123,6 +125,7 @@ class GroundingMixin:
             ValueError: outputs of another kind; sizes, queries, threshold or log-probabilities that do not fit; one
                 size for several images, or sizes that differ for an answer that does not name the image.
         """
+        outputs = _of_requests(outputs)
         scores = () if getattr(outputs, "token_log_probs", None) is None else ("scores", "label_scores")
         names = scores if queries is None else (*scores, "class_ids")
         return self._read(outputs, target_sizes, threshold, queries, *names)
@@ -140,7 +143,8 @@ class GroundingMixin:
         """
         names = {"labels": "text_labels", "class_ids": "labels"}
         names.update({f"point_{old}": f"point_{new}" for old, new in names.items()})
-        rows = self._read(outputs, target_sizes, threshold, text_labels, "scores", "label_scores", "class_ids")
+        names_read = "scores", "label_scores", "class_ids"
+        rows = self._read(_of_requests(outputs), target_sizes, threshold, text_labels, *names_read)
         return [{names.get(name, name): value for name, value in row.items()} for row in rows]
 
     @staticmethod
@@ -184,12 +188,12 @@ class GroundingMixin:
         if isinstance(outputs, (list, tuple)) and outputs and isinstance(outputs[0], str):
             outputs = self.tokenizer(list(outputs), add_special_tokens=False, verbose=False)["input_ids"]
         rows = _id_rows(outputs, "outputs")
-        if log_probs is not None and (len(log_probs) != len(rows) or log_probs.shape[-1] > min(map(len, rows))):
-            raise ValueError(f"outputs: got token_log_probs {list(log_probs.shape)} of other sequences.")
+        lines = [None] * len(rows) if log_probs is None else _listed(log_probs)
+        if len(lines) != len(rows) or any(len(line or ()) > len(ids) for line, ids in zip(lines, rows, strict=True)):
+            raise ValueError(f"outputs: got token_log_probs of {len(lines)} other sequences.")
         marks = _marks(self.tokenizer, len(self.tokenizer))
         kinds = [[marks.get(index, WORD) for index in ids] for ids in rows]
         sizes, classes = _sizes(target_sizes, len(rows)), _classes(queries, len(rows))
-        lines = [None] * len(rows) if log_probs is None else log_probs.tolist()
         found = map(self._found, rows, kinds, lines, sizes, classes)
         several = [("images",) if isinstance(size, list) else () for size in sizes]
         return [_columns(own, threshold, names + images) for own, images in zip(found, several, strict=True)]
@@ -237,6 +241,14 @@ def _marks(tokenizer: Any, size: int) -> dict[int, int]:
     """The ids that have a kind. size: of the vocabulary, as listing it takes as long as reading a hundred answers."""
     added = tokenizer.added_tokens_decoder.items()
     return {index: KINDS[token.content] for index, token in added if token.content in KINDS}
+
+
+def _of_requests(outputs: Any) -> Any:
+    """`GenerationOutput`s of requests as if they were one of `generate`; anything else as it is."""
+    if isinstance(outputs, (list, tuple)) and outputs and hasattr(outputs[0], "generated_tokens"):
+        sequences = [output.prompt_ids + output.generated_tokens for output in outputs]
+        return SimpleNamespace(sequences=sequences, token_log_probs=[output.logprobs for output in outputs])
+    return outputs
 
 
 def _columns(found: Iterable[Any], threshold: float | None, names: Iterable[str]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import difflib
 import itertools
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
 from numbers import Real
 from typing import Any
@@ -14,6 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.utils import ModelOutput
 
 from .configuration import WINDOW, LocateAnythingConfig, TokenRoles
 from .cuda_graphs import kept_bytes
@@ -26,6 +28,8 @@ ROWS_A_STEP = 32  # beyond, arithmetic takes all the time that memory traffic sa
 DEFAULT_NEW_TOKENS = 2048  # docs/stock-behaviour.md §6
 _PER_ROW: tuple[str, ...] = ("temperature", "top_p", "top_k", "repetition_penalty", "do_sample", "max_new_tokens")
 _PER_ROW += ("max_length", "generation_mode", "verify_labels")
+_PROMPT, _SHOWN = ("input_ids", "attention_mask"), ("pixel_values", "image_grid_hws", "visual_features")
+_CALLED = ("generator", "tokenizer", "logits_processor", "stopping_criteria", "streamer")
 # transformers' options for other ways of decoding, which would have no effect here, and what of them means "off"
 _WITHOUT_EFFECT: dict[str, Any] = {
     **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "dola_layers")),
@@ -80,19 +84,7 @@ def read_prompts(input_ids: Any, attention_mask: Any, config: LocateAnythingConf
 
 
 def read_call(
-    model: Any,
-    input_ids: Any,
-    attention_mask: Any,
-    images: tuple[Any, Any, Any],
-    given: GenerationConfig | None,
-    arguments: dict[str, Any],
-    *,
-    generator: Any = None,
-    tokenizer: Any = None,
-    as_text: bool = False,
-    logits_processor: Sequence[Any] | None = None,
-    stopping_criteria: Sequence[Any] | None = None,
-    streamer: Any = None,
+    model: Any, given: GenerationConfig | None, arguments: dict[str, Any], *, as_text: bool = False
 ) -> tuple[torch.Tensor, list[Row], GenerationConfig]:
     """Rows of what `generate` is given. Of the sources of settings the first that speaks wins: arguments, `given`, the
     model's generation config.
@@ -101,9 +93,8 @@ def read_call(
     temperature 1.0 unless told, and `do_sample=False` greedy.
 
     Args:
-        images: `pixel_values`, `image_grid_hws` and `visual_features`.
-        arguments: `generate`'s for the rows, and those that are transformers' own; those of `_PER_ROW` may be a list
-            with one value per row, None where none is given.
+        arguments: `generate`'s for the rows, and those that are transformers' own; None stands for none. Those of
+            `_PER_ROW` may be a list with one value per row, None where none is given.
         as_text: a stock call, which asks for text; as there, `do_sample` and the model's generation config are not
             looked at then, and no row grows beyond its tokenizer's `model_max_length`.
 
@@ -115,11 +106,15 @@ def read_call(
         ValueError: prompts of `read_prompts`, images of `pictures_of`; an unknown argument, mode or value, a list of
             the wrong length, a prompt at or over its limit, a generator of another device, a streamer of many rows.
     """
-    padded, prompts = read_prompts(input_ids, attention_mask, model.config, model.pad_token_id)
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    asked, shown, called = (
+        {name: arguments.pop(name, None) for name in names} for names in (_PROMPT, _SHOWN, _CALLED)
+    )
+    padded, prompts = read_prompts(**asked, config=model.config, pad_token_id=model.pad_token_id)
+    generator, tokenizer = called["generator"], called["tokenizer"]
     cap = model.config.text_config.max_position_embeddings
     if as_text:
         cap = min(cap, getattr(tokenizer, "model_max_length", cap))  # a processor knows no length
-    arguments = {name: value for name, value in arguments.items() if value is not None}
     arguments.pop("labels", None)  # of a batch for training
     if as_text:
         arguments.pop("do_sample", None)
@@ -146,10 +141,10 @@ def read_call(
     config.do_sample, config.repetition_penalty, config.num_return_sequences = False, 1.0, 1
     rows, device = [], place_of(model.get_input_embeddings())
     generators = _generators(generator, len(prompts) * int(sequences), device)
-    if streamer is not None and len(generators) > 1:
+    if called["streamer"] is not None and len(generators) > 1:
         raise ValueError(f"streamer= follows one row; got {len(generators)}.")
-    pictures = pictures_of(model, prompts, *images)
-    criteria = StoppingCriteriaList(stopping_criteria or [])
+    pictures = pictures_of(model, prompts, **shown)
+    criteria = StoppingCriteriaList(called["stopping_criteria"] or [])
     # of a processor, its tokenizer
     criteria = model._get_stopping_criteria(config, criteria, getattr(tokenizer, "tokenizer", tokenizer))
     for index, draws in enumerate(generators):
@@ -179,10 +174,10 @@ def read_call(
             encoder_input_ids=torch.tensor([prompt], device=device),
             # a row is asked alone, so transformers would count the places of its window
             prefix_allowed_tokens_fn=allowed and (lambda _, ids, row=index: allowed(row, ids)),
-            logits_processor=LogitsProcessorList(logits_processor or []),
+            logits_processor=LogitsProcessorList(called["logits_processor"] or []),
             device=device,
         )
-        rows.append(Row(index, prompt, settings, pictures[row], processors, criteria, streamer, draws))
+        rows.append(Row(index, prompt, settings, pictures[row], processors, criteria, called["streamer"], draws))
     config.max_length = None
     return padded, rows, config
 
@@ -285,6 +280,31 @@ def rows_that_fit(model: Any, tokens: int, device: torch.device) -> int:
 
 
 # ---- results
+
+
+@dataclass
+class LocateAnythingGenerateOutput(ModelOutput):
+    """What `generate(return_dict_in_generate=True)` returns.
+
+    Args:
+        sequences: `[rows, prompt + new]` long, prompts padded on the left, answers on the right.
+        row_forwards: `[rows]` long, the decoding forwards each row took part in (the stock's `forward_step`).
+        finish_reasons: per row "end" (its own end of turn), "limit" (of length: the answer may be cut), "stop" (an id,
+            string or criterion of the caller's), "repetition" (`degenerate_answer_criteria` cut it) or "error".
+        row_errors: per row None, or what ended it before its end: at which token its logits became NaN or infinite,
+            and whether its image features or a logits processor did it. The tokens before it are in `sequences`.
+        token_log_probs: with `output_scores=True`, `[rows, new]` float32: log-probability of each token of the
+            answers, under the distribution it was accepted from, after penalties and filters. NaN on padding.
+        accepted_by: with `output_scores=True`, `[rows, new]` long, a `Phase` of decoding.py: 0 "mtp" from a window, 1
+            "ar" by next-token decoding, 2 "verified" by next-token decoding of a draft. -1 on padding.
+    """
+
+    sequences: torch.Tensor | None = None
+    row_forwards: torch.Tensor | None = None
+    finish_reasons: list[str | None] | None = None
+    row_errors: list[str | None] | None = None
+    token_log_probs: torch.Tensor | None = None
+    accepted_by: torch.Tensor | None = None
 
 
 def side_by_side(rows: list[list], filling: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -10,10 +10,10 @@ import functools
 import inspect
 import json
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,26 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.quantizers import AutoHfQuantizer
-from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils import TransformersKwargs, logging
 
 # 4.57 copies from a local folder only what the entry file itself imports: name every remote-code file here.
 from .answers import DegenerateAnswerCriteria
 from .attention import chosen_backends, replace_parts
 from .configuration import LocateAnythingConfig, TokenRoles
+from .continuous_batching import ContinuousBatching
 from .cuda_graphs import release
 from .decoding import Phase  # noqa: F401
 from .generation import GenerationLoop
-from .inputs import ROWS_A_STEP, Pictures, check_number, read_call, rows_that_fit, side_by_side, texts_of
+from .inputs import (
+    ROWS_A_STEP,
+    LocateAnythingGenerateOutput,
+    Pictures,
+    check_number,
+    read_call,
+    rows_that_fit,
+    side_by_side,
+    texts_of,
+)
 from .kv_cache import DecodeStep, PrefillStep, SlotKVCache
 from .model_runner import ModelRunner  # noqa: F401
 from .rows import Row  # noqa: F401
@@ -45,31 +55,6 @@ logger = logging.get_logger(__name__)
 # Whatever else reaches Qwen2's forward, it passes over without a word
 _TEXT_ARGUMENTS = {*inspect.signature(Qwen2ForCausalLM.forward).parameters, *TransformersKwargs.__optional_keys__}
 _TEXT_ARGUMENTS |= {"past_key_values", "cache_position", "return_dict"}  # of either line
-
-
-@dataclass
-class LocateAnythingGenerateOutput(ModelOutput):
-    """What `generate(return_dict_in_generate=True)` returns.
-
-    Args:
-        sequences: `[rows, prompt + new]` long, prompts padded on the left, answers on the right.
-        row_forwards: `[rows]` long, the decoding forwards each row took part in (the stock's `forward_step`).
-        finish_reasons: per row "end" (its own end of turn), "limit" (of length: the answer may be cut), "stop" (an id,
-            string or criterion of the caller's), "repetition" (`degenerate_answer_criteria` cut it) or "error".
-        row_errors: per row None, or what ended it before its end: at which token its logits became NaN or infinite,
-            and whether its image features or a logits processor did it. The tokens before it are in `sequences`.
-        token_log_probs: with `output_scores=True`, `[rows, new]` float32: log-probability of each token of the
-            answers, under the distribution it was accepted from, after penalties and filters. NaN on padding.
-        accepted_by: with `output_scores=True`, `[rows, new]` long, a `Phase` of decoding.py: 0 "mtp" from a window, 1
-            "ar" by next-token decoding, 2 "verified" by next-token decoding of a draft. -1 on padding.
-    """
-
-    sequences: torch.Tensor | None = None
-    row_forwards: torch.Tensor | None = None
-    finish_reasons: list[str | None] | None = None
-    row_errors: list[str | None] | None = None
-    token_log_probs: torch.Tensor | None = None
-    accepted_by: torch.Tensor | None = None
 
 
 class LocateAnythingTextForCausalLM(Qwen2ForCausalLM):
@@ -282,12 +267,6 @@ class LocateAnythingForConditionalGeneration(ImageFeatures, LocateAnythingPreTra
             **kwargs,
         )
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, as are `generate_batch` and `continuous_batching_context_manager`."""
-        raise NotImplementedError("transformers' continuous batching feeds no images; write model.generate(**inputs).")
-
-    generate_batch = continuous_batching_context_manager = init_continuous_batching
-
     def degenerate_answer_criteria(self, **options: int) -> DegenerateAnswerCriteria:
         """A stopping criterion for rows that repeat a box, cycle through boxes or march a sliver along an axis.
 
@@ -309,7 +288,9 @@ def _with_lora(model: nn.Module, options: dict[str, Any]) -> Any:
 
 
 # GenerationMixin by name: without, AutoModel loads a class made of this one, whose models cannot be pickled
-class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditionalGeneration, GenerationMixin):
+class LocateAnythingBatchedForConditionalGeneration(
+    ContinuousBatching, LocateAnythingForConditionalGeneration, GenerationMixin
+):
     """LocateAnything whose `generate` takes batches and predicts a window of tokens a forward."""
 
     def decode(self, embeddings: torch.Tensor, step: PrefillStep | DecodeStep, cache: SlotKVCache) -> torch.Tensor:
@@ -335,13 +316,15 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         self,
         room: int,
         *,
+        expected: int = sys.maxsize,
         max_batch_rows: int | None = None,
         most: int = ROWS_A_STEP,
         decode_graphs: bool | None = None,
         share_images: bool = True,
         **options: Any,
     ) -> GenerationLoop:
-        """An engine for rows of at most `room` tokens, `most` at a time. options: of `GenerationLoop`."""
+        """An engine for rows of at most `room` places, `most` at a time. expected: places that a row needs as a rule.
+        options: of `GenerationLoop`."""
         if max_batch_rows is not None:
             check_number("max_batch_rows", max_batch_rows, whole=True, least=1)
         device = place_of(self.get_input_embeddings())
@@ -349,7 +332,7 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
             self,
             Pictures(self, share_images),
             TokenRoles.of(self.config),
-            slots=min(int(max_batch_rows or 0) or rows_that_fit(self, room, device), most),
+            slots=min(int(max_batch_rows or 0) or rows_that_fit(self, min(room, expected), device), most),
             capacity=room,
             device=device,
             graphs=decode_graphs is not False,
@@ -437,17 +420,23 @@ class LocateAnythingBatchedForConditionalGeneration(LocateAnythingForConditional
         as_text = tokenizer is not None and (verbose or kwargs.get("stop_strings") is None)
         padded, rows, config = read_call(
             self,
-            input_ids if inputs is None else inputs,
-            attention_mask,
-            (pixel_values, image_grid_hws, visual_features),
             generation_config,
-            {**kwargs, "generation_mode": generation_mode, "verify_labels": verify_labels},
-            generator=generator,
-            tokenizer=tokenizer,
+            {
+                **kwargs,
+                "input_ids": input_ids if inputs is None else inputs,
+                "attention_mask": attention_mask,
+                "pixel_values": pixel_values,
+                "image_grid_hws": image_grid_hws,
+                "visual_features": visual_features,
+                "generation_mode": generation_mode,
+                "verify_labels": verify_labels,
+                "generator": generator,
+                "tokenizer": tokenizer,
+                "logits_processor": logits_processor,
+                "stopping_criteria": stopping_criteria,
+                "streamer": streamer,
+            },
             as_text=as_text,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            streamer=streamer,
         )
         self.engine(
             max(row.room for row in rows),

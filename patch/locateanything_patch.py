@@ -11,8 +11,8 @@
     patch.status()
     patch.post_process_grounding(processor, outputs, target_sizes=…)
 
-The model keeps its class, parameters, forward and hooks; only `generate` goes through our engine, on the very same
-modules. No weight is copied. docs/patch.md has a whole example.
+The model keeps its class, parameters, forward and hooks; only `generate`, `generate_batch` and continuous batching go
+through our engine, on the very same modules. No weight is copied. docs/patch.md has a whole example.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ ORDER = (
 )
 GRID = "vision_model.patch_embed.pos_emb"  # called differently here and in the stock: only its weight is lent
 ROTARY = "language_model.model.rotary_emb"  # its frequencies are made by its constructor, and are no weights
+# The drop-in's other methods, which come and go with `generate`
+BATCHING = ("init_continuous_batching", "continuous_batching_context_manager", "generate_batch")
 WHOLE = ("mlp", "mlp1")  # plain functions of one tensor: lent whole, not linear by linear
 
 _BEFORE = "_generate_before_patch"  # where a patched model or class keeps a `generate` of its own, to be put back
@@ -105,8 +107,9 @@ def revert(target: nn.Module | type | None = None) -> None:
         _everywhere.clear()
     for owner in list(_patched) if target is None else [_owner_of(target)]:
         _patched.discard(owner)
-        if _is_ours(vars(owner).get("generate")):
-            del owner.generate
+        for name in ("generate", *BATCHING):
+            if _is_ours(vars(owner).get(name)):
+                delattr(owner, name)
         if _BEFORE in vars(owner):
             owner.generate = vars(owner)[_BEFORE]
             delattr(owner, _BEFORE)
@@ -136,7 +139,7 @@ def applied(target: nn.Module | type | None = None, *, source: str | os.PathLike
             if generate is None:
                 revert(owner)
             elif _is_ours(vars(owner).get("generate")):  # and was not reverted in the block
-                owner.generate = generate
+                _put(owner, generate)
 
 
 def status() -> Status:
@@ -185,6 +188,18 @@ def _generate_of(source: str) -> Any:
     return generate
 
 
+@functools.lru_cache
+def _method_of(name: str, drop_in: Any) -> Any:
+    """Another method of the drop-in."""
+
+    @functools.wraps(getattr(drop_in, name))
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(batched(self, drop_in), name)(*args, **kwargs)
+
+    method.drop_in = drop_in  # type: ignore[attr-defined]
+    return method
+
+
 def _classes() -> list[Any]:
     return [owner for owner in _patched if isinstance(owner, type)]
 
@@ -194,11 +209,14 @@ def _is_ours(generate: Any) -> bool:
 
 
 def _put(owner: Any, generate: Any) -> None:
-    """Puts our function into a class, or bound into an instance, and remembers what was there."""
+    """Puts our function into a class, or bound into an instance, and remembers what was there; and BATCHING beside."""
     if "generate" in vars(owner) and not _is_ours(vars(owner)["generate"]):
         setattr(owner, _BEFORE, vars(owner)["generate"])
     _patched.add(owner)
-    owner.generate = generate if isinstance(owner, type) else MethodType(generate, owner)
+    generate = getattr(generate, "__func__", generate)
+    for name in ("generate", *BATCHING):
+        ours = generate if name == "generate" else _method_of(name, generate.drop_in)
+        setattr(owner, name, ours if isinstance(owner, type) else MethodType(ours, owner))
 
 
 def _owner_of(target: Any) -> Any:

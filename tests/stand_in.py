@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from locateanything.configuration import LocateAnythingConfig as DropInConfig
 from locateanything.configuration import MoonViTConfig
@@ -35,7 +35,7 @@ class LocateAnythingConfig(PretrainedConfig):
         return {**super().to_diff_dict(), "torch_dtype": "float32"}
 
 
-class LocateAnythingForConditionalGeneration(PreTrainedModel):
+class LocateAnythingForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = LocateAnythingConfig
     _supports_sdpa = True
     supports_gradient_checkpointing = True

@@ -334,6 +334,23 @@ def test_features_of_the_stocks_tower_are_taken(stock):
     assert stock.generate(**{**inputs, "pixel_values": None}, **call) == case["output"]
 
 
+def test_rows_as_they_come(stock):
+    """Continuous batching is there with `generate`, and goes with it."""
+    cases = some_cases(6)
+    batches = [Batch("shapes", [case]) for case in cases]
+    rows = [{**batch.inputs, **of_case(batch.cases[0]), "generator": batch.generators()[0]} for batch in batches]
+    patch.apply(stock)
+    stock.config.pad_token_id = stock.config.text_config.bos_token_id
+    outputs = stock.generate_batch(rows, max_batch_rows=2)
+    assert [output.generated_tokens for output in outputs.values()] == [case["output_ids"] for case in cases]
+    with stock.continuous_batching_context_manager() as manager:
+        rows[0]["generator"] = batches[0].generators()[0]
+        assert manager.get_result(manager.add_request(**rows[0])).generated_tokens == cases[0]["output_ids"]
+    patch.revert(stock)
+    names = ("generate", "generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+    assert not vars(stock).keys() & set(names)
+
+
 @pytest.mark.parametrize("attention", ["magi", "flash_attention_2"])
 def test_whatever_attention_the_stock_was_loaded_with(stock, attention):
     """None of these kernels is installed here; the config's dict, and so the engine, still hears of them."""

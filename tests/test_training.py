@@ -130,12 +130,6 @@ def test_the_plain_models_own_generate():
             ask(**several)
 
 
-def test_continuous_batching_is_refused_by_name(shapes):
-    for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
-        with pytest.raises(NotImplementedError, match=r"feeds no images; write model\.generate"):
-            getattr(shapes, name)([[1, 2]])
-
-
 # ---- the stock's scripts
 
 
