@@ -111,59 +111,75 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def claim(folder: str | Path, manifest: Mapping[str, Any]) -> None:
-    """Makes a new or empty folder the scan's of this manifest, or finds that it is that already.
+def check(folder: Path, manifest: Mapping[str, Any], *, restart: bool = False) -> None:
+    """Refuses a folder that is neither new nor empty nor the scan's of this manifest.
+
+    Args:
+        restart: any scan's will do.
 
     Raises:
-        ValueError: it is neither, or the scan in it was asked otherwise. The message begins with what differs.
+        ValueError: it is none of these. The message begins with the setting that differs.
     """
-    folder = Path(folder)
     if (folder / MANIFEST).exists():
-        old, new = (_flat(each) for each in (read_manifest(folder), manifest))
-        for name in old.keys() | new.keys():
-            if (now := new.get(name)) != (then := old.get(name)):
-                now, then = (text if len(text := repr(value)) < 80 else f"{text[:77]}..." for value in (now, then))
-                raise ValueError(f"{name}: got {now}, but the answers in {folder} are those of {then}.")
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"out: {folder} holds files, but no scan's; expected a new or empty folder, or a scan's.")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f".{MANIFEST}.{os.getpid()}"
-        text = json.dumps({"kind": KIND, **manifest}, indent=2, ensure_ascii=False)
-        scratch.write_bytes(text.encode("utf-8", "backslashreplace") + b"\n")
-        scratch.replace(folder / MANIFEST)
+        then, now = (_flat(each) for each in (read_manifest(folder), manifest))
+        for name in [] if restart else [*then, *(now.keys() - then.keys())]:
+            values = now.get(name), then.get(name)
+            if values[0] != values[1] and (name != "revision" or None not in values):
+                new, old = (text if len(text := repr(value)) < 80 else f"{text[:77]}..." for value in values)
+                raise ValueError(
+                    f"{name}: got {new}, but {folder} holds the answers for {old}; name another, or restart."
+                )
+    elif folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
+        raise ValueError(f"out: {folder} is there, and no scan's; expected a new or empty folder, or a scan's.")
 
 
 def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What may not change from run to run."""
-    return {name: manifest[name] for name in ("model", "revision", "sources")} | dict(manifest["settings"])
+    return {**{name: manifest.get(name) for name in ("model", "revision", "sources")}, **manifest["settings"]}
 
 
 class Results:
     """A scan's folder, open for one process to write into.
 
     Args:
-        folder: made if missing.
+        folder: made if missing. manifest: `model`, `revision`, `sources`, `settings` and `versions` of the scan.
         process, processes: which of how many this is.
-        retry_failed: questions that failed count as not asked.
+        retry_failed: questions that failed count as not asked. restart: all do, and what the folder says is forgotten.
 
     Raises:
-        BlockingIOError: another scan writes into the folder now.
+        ValueError: the folder is not this scan's (`check`).
+        BlockingIOError: another scan writes into it now.
     """
 
-    def __init__(self, folder: str | Path, process: int = 0, processes: int = 1, *, retry_failed: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: Mapping[str, Any],
+        process: int = 0,
+        processes: int = 1,
+        *,
+        retry_failed: bool = False,
+        restart: bool = False,
+    ):
         self.folder = Path(folder)
+        check(self.folder, manifest, restart=restart)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / (RESULTS if processes == 1 else f"results-{process}.jsonl")
         self._lock: BinaryIO = open(self.folder / LOCK, "ab")  # noqa: SIM115, closed in `close`
-        self._file: BinaryIO = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
-            if fcntl:
-                fcntl.flock(self._lock, (fcntl.LOCK_EX if processes == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _hold(self._lock, shared=processes > 1)
+            if restart or not (self.folder / MANIFEST).exists():
+                scratch = self.folder / f".{MANIFEST}.{os.getpid()}"
+                text = json.dumps({"kind": KIND, **manifest}, indent=2, ensure_ascii=False)
+                scratch.write_bytes(text.encode("utf-8", "backslashreplace") + b"\n")
+                scratch.replace(self.folder / MANIFEST)
+            for path in parts(self.folder) if restart else ():
+                path.unlink()
+            self._file: BinaryIO = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            _hold(self._file)
         except BlockingIOError:
-            raise BlockingIOError(f"{self.folder}: another scan is writing into it now.") from None
-        _mend(self.path)
+            raise BlockingIOError(f"out: {self.folder}: another scan writes into it now.") from None
+        os.truncate(self.path, sum(map(len, _lines(self.path))))  # a line that a kill has torn
         answers = ((json.loads(line), key) for key, line in _answers(self.folder))
         self.done = {key for answer, key in answers if not (retry_failed and answer["status"] == "error")}
 
@@ -184,17 +200,16 @@ class Results:
             raise
         self.done.add(record.key)
 
-    def close(self) -> None:
-        """Merges the parts, unless another process still writes its own."""
+    def close(self) -> bool:
+        """Merges the parts and returns True, or False where another process still writes its own."""
         self._file.close()
-        try:
-            if fcntl:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with self._lock:
+            try:
+                _hold(self._lock)
+            except BlockingIOError:
+                return False
             merge(self.folder)
-        except BlockingIOError:
-            pass
-        finally:
-            self._lock.close()
+            return True
 
 
 def merge(folder: Path) -> None:
@@ -224,8 +239,10 @@ def _lines(path: Path) -> Iterator[bytes]:
         yield from (line for line in file if line.endswith(b"\n"))
 
 
-def _mend(path: Path) -> None:
-    os.truncate(path, sum(map(len, _lines(path))))
+def _hold(file: BinaryIO, shared: bool = False) -> None:
+    """Locks a file until it is closed, or raises BlockingIOError."""
+    if fcntl:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 def _answers(folder: Path) -> Iterator[tuple[bytes, bytes]]:
@@ -235,11 +252,12 @@ def _answers(folder: Path) -> Iterator[tuple[bytes, bytes]]:
     for number, path in enumerate(files):
         for place, line in enumerate(_lines(path)):
             try:
-                record = Record.from_json(json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                told = json.loads(line)
+                key = key_of(*(told[name] for name in ("source", "frame", "query", "task", "id")))
+                rank = told["status"] == "ok", number, place
+            except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}, line {place + 1}: is not a record of a scan ({error}).") from error
-            rank = record.status == "ok", number, place
-            best[record.key] = max(rank, best.get(record.key, rank))
+            best[key] = max(rank, best.get(key, rank))
     chosen = {rank[1:]: key for key, rank in best.items()}
     for number, path in enumerate(files):
         for place, line in enumerate(_lines(path)):

@@ -1,0 +1,119 @@
+"""A scan beside `generate` on the same rows, and the share of the scan's time in which its engine stepped.
+
+    python benchmarks/scan.py --pictures 400 --rounds 3
+    python benchmarks/scan.py --make frames --pictures 49016      # only draws the pictures, for locate.py
+
+Pictures are drawn scenes (scenes.py), with two queries each. The scan starts at their files, `generate` with every row
+preprocessed and in memory. Wall time beside other work says little; seconds of CPU are printed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose scan.py is not the package
+from common import DEMO, count, environment, print_json
+from scenes import scenes
+
+QUERIES = ("red circle", "blue square")
+DISTINCT = 400
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(DEMO))
+    parser.add_argument("--pictures", type=count, default=400)
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--make", metavar="FOLDER", help="draw the pictures into a new folder, and stop")
+    parser.add_argument("--json", metavar="FILE", help="append the figures to it, a line each")
+    args = parser.parse_args()
+    if args.make:
+        make(Path(args.make), args.pictures)
+        return
+    from hub.loading import load
+
+    model, processor = load(args.model, device=args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder), args.pictures)
+        rounds = [measured(model, processor, folder) for _ in range(args.rounds)]
+    figures = {name: round(median(each[name] for each in rounds), 3) for name in rounds[0]}
+    print("\n".join(f"{name:>20} {value}" for name, value in figures.items()))
+    print_json({"benchmark": "scan", **figures, "rounds": args.rounds, **environment(model.device)}, args.json)
+
+
+def make(folder: Path, pictures: int) -> None:
+    """So many PNGs, of at most `DISTINCT` scenes."""
+    folder.mkdir(exist_ok=True)
+    for number, scene in enumerate(scenes(min(pictures, DISTINCT))):
+        scene.image.save(folder / f"{number}.png")
+    for number in range(DISTINCT, pictures):
+        os.link(folder / f"{number % DISTINCT}.png", folder / f"{number}.png")
+
+
+def measured(model, processor, folder: str) -> dict[str, float]:
+    """One round of each, rows a second and seconds of CPU."""
+    from scan.sources import read_items
+    from scan.workers import Interviewer, scan
+
+    loop = sys.modules[type(model).__module__.rpartition(".")[0] + ".generation"].GenerationLoop
+    stepped, step = 0.0, loop.step
+
+    def timed(self):
+        nonlocal stepped
+        begin = time.perf_counter()
+        try:
+            return step(self)
+        finally:
+            stepped += time.perf_counter() - begin
+
+    loop.step = timed
+    try:
+        wall, cpu = time.perf_counter(), time.process_time()
+        records = list(scan([folder], QUERIES, model=model, processor=processor))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    finally:
+        loop.step = step
+    assert {record.status for record in records} == {"ok"}
+
+    interviewer = Interviewer(processor, QUERIES, "detect", 0.0, "hybrid")
+    items = ((item, interviewer.questions(item)) for item in read_items([folder]))
+    rows = [one.row for item, questions in items for one in interviewer.prepare(item, questions)]
+    ids = [row["input_ids"][0] for row in rows]
+    pad = model.generation_config.pad_token_id or model.config.pad_token_id
+    inputs = {
+        "input_ids": pad_sequence(ids, True, pad, padding_side="left"),
+        "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], True, 0, padding_side="left"),
+        **{name: torch.cat([row[name] for row in rows]) for name in ("pixel_values", "image_grid_hws")},
+    }
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    model.generate(
+        **{name: value.to(model.device) for name, value in inputs.items()},
+        stopping_criteria=[model.degenerate_answer_criteria()],
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    generate, generate_cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+    return {
+        "rows": len(rows),
+        "scan_rows_per_s": len(rows) / wall,
+        "generate_rows_per_s": len(rows) / generate,
+        "scan_of_generate": generate / wall,
+        "stepped_share": stepped / wall,
+        "scan_cpu_s": cpu,
+        "generate_cpu_s": generate_cpu,
+    }
+
+
+if __name__ == "__main__":
+    main()

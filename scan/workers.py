@@ -1,0 +1,326 @@
+# Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
+"""Items → questions → rows, read and preprocessed by threads ahead of the engine; its outputs → records."""
+
+import math
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .records import Detection, Record, key_of
+from .sources import SEPARATOR, Item, read_items
+
+TOGETHER = 8  # questions about a picture in one call of the processor, which holds its patches as many times
+WORKERS = min(8, os.cpu_count() or 1)  # threads that read and preprocess pictures
+VERBATIM = "prompt"  # the task of a question that was given whole and is none of the model's own
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one picture. text: as the model is asked. classes: what its `class_id`s count; own: that of
+    a label that is none of them."""
+
+    item: Item
+    query: str
+    task: str
+    text: str
+    classes: tuple[str, ...] = ()
+    own: int = -1
+
+    @property
+    def key(self) -> bytes:
+        return key_of(self.item.source, self.item.frame, self.query, self.task, self.item.id)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question with the row that asks it, or with the error that keeps it from that. size: (width, height)."""
+
+    question: Question
+    row: dict[str, Any] | None = None
+    size: tuple[int, int] | None = None
+    error: str | None = None
+
+
+class Interviewer:
+    """What is asked of each picture, and how the answers are read.
+
+    Args:
+        processor: of the model. queries, task: what is asked where an item brings no questions of its own.
+        threshold: detections that score lower are left out. mode: as records tell it.
+
+    Raises:
+        ValueError: a query or task that is none.
+    """
+
+    def __init__(
+        self, processor: Any, queries: Sequence[str], task: str, threshold: float = 0.0, mode: str = "hybrid"
+    ):
+        self.processor, self.queries, self.task = processor, tuple(queries), task
+        self.threshold, self.mode = threshold, mode
+        for query in self.queries:
+            processor.build_question(task, query)
+
+    def questions(self, item: Item) -> list[Question]:
+        if item.prompt is not None:
+            task, query = self._read_prompt(item.prompt)
+            classes = tuple(filter(None, query.split(SEPARATOR))) if task != VERBATIM else ()
+            return [Question(item, query, task, item.prompt, classes, 0 if len(classes) == 1 else -1)]
+        queries = self.queries if item.queries is None else item.queries
+        if not queries:  # the text task asks for all text then; any other has nothing to ask
+            return [Question(item, "", self.task, "")]
+        return [Question(item, query, self.task, "", queries, number) for number, query in enumerate(queries)]
+
+    def prepare(self, item: Item, questions: Sequence[Question]) -> list[Prepared]:
+        """The rows of a picture's questions. Whatever is wrong with it is told in them: threads must not end of it."""
+        try:
+            image = item.load()
+        except Exception as error:
+            return [Prepared(question, error=str(error)) for question in questions]
+        groups = (questions[start : start + TOGETHER] for start in range(0, len(questions), TOGETHER))
+        return [prepared for group in groups for prepared in self._rows(image, group)]
+
+    def record(self, prepared: Prepared, output: Any = None) -> Record:
+        """The record of a question, of its `GenerationOutput` or of the error that kept it from being asked."""
+        question, error = prepared.question, prepared.error or output.error
+        item, (width, height) = question.item, prepared.size or (None, None)
+        told: dict[str, Any] = {"source": item.source, "frame": item.frame, "time": item.time, "id": item.id}
+        told |= {"query": question.query, "task": question.task, "width": width, "height": height, "mode": self.mode}
+        if prepared.error is None:
+            text = self.processor.decode(output.generated_tokens) if output.generated_tokens else ""
+            told |= {"text": text.split(self.processor.tokenizer.eos_token)[0], "tokens": len(output.generated_tokens)}
+            begin, end = output.lifespan
+            told |= {"finish_reason": output.finish_reason, "seconds": None if begin < 0 else round(end - begin, 4)}
+        if error is not None:
+            return Record(**{**told, "finish_reason": "error"}, status="error", error=error)
+        (found,) = self.processor.post_process_grounding(
+            [output],
+            target_sizes=[(height, width)],
+            threshold=self.threshold,
+            queries=[list(question.classes)] if question.classes else None,
+        )
+        own = question.own
+        detections = (*_detections(found, "boxes", "", own), *_detections(found, "points", "point_", own))
+        return Record(**told, status="ok", detections=detections)
+
+    def _rows(self, image: Any, questions: Sequence[Question]) -> Iterator[Prepared]:
+        try:
+            texts = [q.text or self.processor.build_question(q.task, [q.query] if q.query else []) for q in questions]
+            inputs = self.processor.apply_chat_template(
+                [
+                    [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+                    for text in texts
+                ],
+                add_generation_prompt=True,
+                tokenize=True,
+                padding=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        except Exception as error:
+            if len(questions) == 1:
+                yield Prepared(questions[0], size=image.size, error=str(error))
+            else:
+                yield from (one for question in questions for one in self._rows(image, [question]))
+            return
+        patches = inputs["pixel_values"][: len(inputs["pixel_values"]) // len(questions)]
+        pixels = {"pixel_values": patches.clone(), "image_grid_hws": inputs["image_grid_hws"][:1]}
+        for question, ids, mask in zip(questions, inputs["input_ids"], inputs["attention_mask"], strict=True):
+            yield Prepared(question, {"input_ids": ids[mask.bool()][None], **pixels}, image.size)
+
+    def _read_prompt(self, prompt: str) -> tuple[str, str]:
+        """The task and the query of a question that the model was trained on."""
+        for task in self.processor.tasks:
+            before, _, behind = self.processor.build_question(task, "{}").partition("{}")
+            if prompt.startswith(before) and prompt.endswith(behind) and len(prompt) > len(before + behind):
+                return task, prompt[len(before) : len(prompt) - len(behind)]
+        is_all_text = prompt == self.processor.build_question("text")
+        return ("text", "") if is_all_text else (VERBATIM, prompt)
+
+
+def scan(
+    sources: Iterable[Any],
+    queries: Sequence[str] = (),
+    *,
+    model: Any,
+    processor: Any = None,
+    task: str = "detect",
+    threshold: float = 0.0,
+    keep_repetitions: bool = False,
+    fps: float | None = None,
+    every: int = 1,
+    done: set[bytes] | None = None,
+    process: int = 0,
+    processes: int = 1,
+    threads: int | None = None,
+    **settings: Any,
+) -> Generator[Record, None, None]:
+    """Asks the queries about every picture of the sources, and yields the answers as they come.
+
+    Memory is bounded by the engine's rows and its queue, but for 16 bytes a question.
+
+    Args:
+        sources, fps, every: as `read_items` takes them.
+        queries: one question each, where a source brings none of its own.
+        model: a folder or hub id, or a loaded model with its `processor`.
+        task: which of the processor's `tasks` is asked.
+        threshold: detections that score lower are left out.
+        keep_repetitions: let answers that go round in circles run to their limit.
+        done: `Record.key`s not to ask again; those of the questions asked are added.
+        process, processes: which share of the pictures is asked about here.
+        threads: that read and preprocess pictures; by default one a core, eight at most.
+        **settings: as `model.generate_batch` takes them for all rows, such as `generation_mode`, `max_new_tokens`.
+
+    Yields:
+        A record for each question, "error" ones too: whatever is wrong with one picture, the rest goes on.
+
+    Raises:
+        ValueError: a query, a task or a setting that is none.
+        RuntimeError: the engine cannot go on, as after a device's error.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        from hub.loading import load  # here and not above, as it brings torch
+
+        model, processor = load(os.fspath(model))
+    interviewer = Interviewer(processor, queries, task, threshold, settings.get("generation_mode", "hybrid"))
+    done = set() if done is None else done
+    asked: dict[str, Prepared] = {}
+
+    def work() -> Iterator[tuple[Item, list[Question]]]:
+        for number, item in enumerate(read_items(sources, fps=fps, every=every)):
+            if number % processes == process:
+                questions = [one for one in interviewer.questions(item) if one.key not in done]
+                done.update(one.key for one in questions)
+                if questions:
+                    yield item, questions
+
+    def rows() -> Iterator[dict[str, Any]]:
+        numbers = map(str, count())
+        for prepared in ahead(pool, interviewer.prepare, work(), depth=2 * workers):
+            for one in prepared:
+                number = next(numbers)
+                asked[number] = replace(one, row=None)  # the engine knows best how long it needs the patches
+                # One without a row fails in the engine, and so comes out in its turn
+                yield {"request_id": number, **(one.row or {})}
+
+    workers = threads or WORKERS
+    settings.setdefault("max_queue_size", 2 * TOGETHER)  # each holds its picture
+    settings["stopping_criteria"] = [] if keep_repetitions else [model.degenerate_answer_criteria()]
+    pool = ThreadPoolExecutor(workers, "scan")
+    try:
+        failed: list[Record] = []  # in the engine: if that fails as a whole, they are no faults of their own
+        with closing(model.generate_batch(rows(), stream=True, **settings)) as outputs:
+            for output in outputs:
+                record = interviewer.record(asked.pop(output.request_id), output)
+                if output.error is not None and output.prompt_ids:
+                    failed.append(record)
+                    continue
+                yield from failed
+                failed.clear()
+                yield record
+        yield from failed
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def ahead(pool: ThreadPoolExecutor, function: Callable, calls: Iterable[tuple], *, depth: int) -> Iterator[Any]:
+    """The results of a function as they are ready, with at most `depth` calls under way or not taken yet."""
+    running: set[Future] = set()
+    for call in calls:
+        running.add(pool.submit(function, *call))
+        if len(running) == depth:
+            ready, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in ready)
+    while running:
+        ready, running = wait(running, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in ready)
+
+
+def draw_pictures(
+    folder: Path, sources: Iterable[Any], *, most: int | None = None, fps: float | None = None, every: int = 1
+) -> Iterator[str | None]:
+    """Draws what a scan's folder holds on the pictures of its sources, or on the first few, into `folder/drawn`.
+
+    Yields:
+        For each picture with an answer None, or why it is not drawn.
+    """
+    from .drawing import draw  # here and not above, as a scan that is a library need not draw
+    from .formats import Dataset
+
+    items: Iterable[Item] = read_items(sources, fps=fps, every=every)
+    if most is not None:
+        items = list(islice(items, most))
+    wanted = None if most is None else {(item.source, item.frame) for item in items}
+    data, colours = Dataset(folder), dict[str, Any]()
+    # Each category has its colour before threads ask for them
+    draw(Image.new("RGB", (1, 1)), (Detection(name, 0, point=(0.0, 0.0)) for name in data.categories), colours)
+    pictures = (((one.origin["source"], one.origin["frame"]), one) for one in data.pictures())
+    found = {key: picture for key, picture in pictures if wanted is None or key in wanted}
+    work = ((item, found.pop(key)) for item in items if (key := (item.source, item.frame)) in found)
+
+    def one(item: Item, picture: Any) -> str | None:
+        path = folder / "drawn" / picture.file_name
+        path = (
+            path if path.suffix.lower() in (".bmp", ".jpeg", ".jpg", ".webp") else path.with_name(f"{path.stem}.png")
+        )
+        scratch = path.with_name(f".{path.name}")
+        try:
+            if isinstance(item.image, str) and os.path.realpath(item.image) == os.path.realpath(path):
+                raise ValueError(f"{path}: is a picture of the scan's; its drawing would be written over it")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(item.load(), [one for _, one in picture.found], colours).save(scratch, quality=95)
+            scratch.replace(path)
+        except (OSError, ValueError) as error:
+            scratch.unlink(missing_ok=True)
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(WORKERS, "draw") as pool:
+        yield from ahead(pool, one, work, depth=2 * WORKERS)
+
+
+def revision_of(model: str) -> str | None:
+    """What tells a model's weights from later ones of the same name: of a hub id its commit, of a folder a digest of
+    samples of them; None for a hub id that was never downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not os.path.isdir(model):
+        config = try_to_load_from_cache(model, "config.json")
+        return Path(config).parent.name if isinstance(config, str) else None
+    digest = blake2b(digest_size=16)
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size}".encode())
+            for part in range(64):
+                file.seek(size * part // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def _detections(found: dict[str, Any], kind: str, prefix: str, own: int) -> Iterator[Detection]:
+    names = ("labels", "scores", "label_scores", "class_ids")
+    places = found[kind].tolist()
+    columns = [found.get(prefix + name, [None] * len(places)) for name in names]
+    lists = [column if isinstance(column, list) else column.tolist() for column in columns]
+    for place, label, score, label_score, class_id in zip(places, *lists, strict=True):
+        at = tuple(round(value, 2) for value in place)
+        yield Detection(
+            label,
+            own if class_id in (None, -1) else class_id,
+            at if len(at) == 4 else None,
+            at if len(at) == 2 else None,
+            _rounded(score),
+            _rounded(label_score),
+        )
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None or math.isnan(score) else round(score, 4)

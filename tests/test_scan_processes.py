@@ -1,0 +1,140 @@
+"""The scan as processes: killed, interrupted, several at once, on Ray. Each starts torch anew, so these are slow."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from scan.records import parts, read_records
+
+from .conftest import CHECKPOINTS, GOLDENS
+
+pytestmark = pytest.mark.slow
+
+PROJECT = Path(__file__).resolve().parent.parent
+QUERIES = ("red circle", "yellow triangle")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Sixty frames under two names each, and a cache of its own."""
+    (tmp_path / "frames").mkdir()
+    for number in range(120):
+        (tmp_path / "frames" / f"{number}.png").hardlink_to(copied(tmp_path, number % 60))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def copied(folder, number):
+    path = folder / f"{number:03}"
+    if not path.exists():
+        path.write_bytes((GOLDENS / "shapes" / "images" / f"{number:03}.png").read_bytes())
+    return path
+
+
+def command(*more, out="out"):
+    asked = [word for query in QUERIES for word in ("--query", query)]
+    model = ["--model", str(CHECKPOINTS["shapes"]), "--device", "cpu", "--max-new-tokens", "64"]
+    return [str(PROJECT / "locate.py"), "frames", *asked, *model, "--out", out, *more]
+
+
+def answers(folder):
+    """All lines, without what depends on time, in an order of their own."""
+    lines = [replace(record, seconds=None) for record in read_records(folder)]
+    return sorted(lines, key=lambda record: (record.source, record.query))
+
+
+def lines_in(folder):
+    return sum(path.read_bytes().count(b"\n") for path in parts(folder)) if folder.exists() else 0
+
+
+def started_and_stopped(arguments, folder, lines, sign):
+    """Starts a scan and sends a signal to all its processes when the folder holds so many lines."""
+    with subprocess.Popen(arguments, cwd=folder, stderr=subprocess.PIPE, text=True, stdout=subprocess.PIPE) as process:
+        while lines_in(folder / "out") < lines and process.poll() is None:
+            time.sleep(0.01)
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.send_signal(sign)
+        told = process.communicate(timeout=120)[1]
+        return process.returncode, told
+
+
+@pytest.fixture
+def whole(folder):
+    """What a scan that nothing interrupts finds."""
+    subprocess.run([sys.executable, *command(out="whole")], cwd=folder, check=True, capture_output=True)
+    found = answers(folder / "whole")
+    assert len(found) == 240 and {record.status for record in found} == {"ok"}
+    return found
+
+
+def test_killed_three_times_and_continued_it_is_as_if_nothing_had_been(folder, whole):
+    draw = random.Random(0)
+    for part in range(3):
+        at = 60 * part + draw.randrange(60)
+        code, _ = started_and_stopped([sys.executable, *command()], folder, at, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+    done = subprocess.run([sys.executable, *command()], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert answers(folder / "out") == whole
+    assert lines_in(folder / "out") == 240
+    assert [path.name for path in parts(folder / "out")] == ["results.jsonl"]
+
+
+def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(folder):
+    code, told = started_and_stopped([sys.executable, *command()], folder, 20, signal.SIGINT)
+    assert code == 130
+    assert "Traceback" not in told and "To go on: python" in told.splitlines()[-1]
+    assert 20 <= len(answers(folder / "out")) == lines_in(folder / "out") < 240
+
+
+def test_two_processes_give_the_same_lines_and_one_goes_on_alone(folder, whole):
+    # --multi_gpu is what makes accelerate start more than one process, on CPUs too
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [sys.executable, *launch, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    subprocess.run([*launch, *command()], cwd=folder, check=True, capture_output=True)
+    assert answers(folder / "out") == whole
+    assert [path.name for path in parts(folder / "out")] == ["results.jsonl"]
+    # both killed, and another number of processes goes on
+    (folder / "out").rename(folder / "first")
+    started_and_stopped([*launch, *command()], folder, 20, signal.SIGKILL)
+    assert 20 <= lines_in(folder / "out") < 240
+    assert len(parts(folder / "out")) == 2
+    subprocess.run([sys.executable, *command()], cwd=folder, check=True, capture_output=True)
+    assert answers(folder / "out") == whole
+    assert lines_in(folder / "out") == 240
+
+
+def test_an_actor_of_ray_is_killed_and_nothing_is_lost_or_there_twice(folder, whole, monkeypatch):
+    ray = pytest.importorskip("ray")
+    from scan.ray import scan_on_ray
+
+    for number in range(120, 600):
+        (folder / "frames" / f"{number}.png").hardlink_to(copied(folder, number % 60))
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    monkeypatch.chdir(folder)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        given = {"model": str(CHECKPOINTS["shapes"]), "loading": {"device": "cpu"}, "actors": 2, "max_new_tokens": 64}
+        found, killed = [], None
+        for record in scan_on_ray(["frames"], QUERIES, **given):
+            found.append(replace(record, seconds=None))
+            if killed is None:
+                below = psutil.Process().children(recursive=True)
+                killed = next(each for each in below if "Engine" in "".join(each.cmdline()))
+                killed.kill()
+    finally:
+        ray.shutdown()
+    assert killed is not None
+    expected = {(int(Path(record.source).stem), record.query): record for record in whole}
+    keys = [(int(Path(record.source).stem), record.query) for record in found]
+    assert len(keys) == len({*keys}) == 1200
+    for (number, query), record in zip(keys, found, strict=True):
+        assert record == replace(expected[number % 60, query], source=record.source)
