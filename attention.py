@@ -169,6 +169,10 @@ class WindowAttention(Qwen2Attention):
             return self.o_proj(attended.flatten(2)), None
         if step is None:
             return super().forward(hidden_states, position_embeddings, *args, **kwargs)
+        return self.attend_slots(hidden_states, position_embeddings, step, slot_cache), None
+
+    @torch.compiler.disable  # torch.compile would trace it anew for every layer, whose cache is another
+    def attend_slots(self, hidden_states, position_embeddings, step, slot_cache) -> torch.Tensor:
         projected = [linear(hidden_states[0]) for linear in (self.q_proj, self.k_proj, self.v_proj)]
         packed = torch.cat(projected, -1).unflatten(-1, (-1, self.head_dim))  # [T, heads + 2 * kv_heads, D]
         heads = projected[0].shape[-1] // self.head_dim
@@ -176,7 +180,7 @@ class WindowAttention(Qwen2Attention):
         rotate_(packed, heads + kv_heads, *step.rotations(position_embeddings))
         query, keys_values = packed[:, :heads], packed[:, heads:].unflatten(1, (2, kv_heads))
         layer = slot_cache.update(keys_values, self.layer_idx, step)
-        return self.o_proj(step.attend(self, query, keys_values, layer).flatten(1)).unsqueeze(0), None
+        return self.o_proj(step.attend(self, query, keys_values, layer).flatten(1)).unsqueeze(0)
 
 
 def replace_parts(decoder: Any) -> None:

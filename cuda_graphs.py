@@ -73,8 +73,9 @@ def basis_of(model: Any) -> tuple:
         if hasattr(each, "merged_adapters")
     ]
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    attention = model.get_decoder().config._attn_implementation
-    return weights, adapters, autocast, attention, model.training, torch.get_float32_matmul_precision()
+    decoder = model.get_decoder()
+    chosen = decoder.config._attn_implementation, decoder.layers[0]._compiled_call_impl is None, model.training
+    return weights, adapters, autocast, chosen, torch.get_float32_matmul_precision()
 
 
 def _address(tensor: torch.Tensor) -> Any:

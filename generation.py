@@ -36,7 +36,7 @@ class GenerationLoop:
         slots: rows decoded at a time; further rows wait and take the slots of finished ones.
         capacity: the most places that a row can come to need (`Row.room`).
         generator: draws for every row that has none of its own; None is the global one.
-        device: where ids live and rules run. graphs: whether to capture decode steps as CUDA graphs.
+        device: where ids live and rules run. decode_graphs, compile: see `generate`.
         share_prefixes: whether a row copies from another's slot what their prompts begin with.
         step_tokens, step_patches: prompt tokens to cache and patches to encode in one step, at most (one picture at
             least), so that rows which decode do not wait long for those that enter. A picture cannot be split.
@@ -52,7 +52,8 @@ class GenerationLoop:
         capacity: int,
         device: torch.device,
         generator: torch.Generator | None = None,
-        graphs: bool = False,
+        decode_graphs: bool | None = None,
+        compile: bool = False,
         share_prefixes: bool = True,
         step_tokens: int = sys.maxsize,
         step_patches: int = sys.maxsize,
@@ -63,9 +64,8 @@ class GenerationLoop:
         self.slots, self.share_prefixes = slots, share_prefixes
         self.step_tokens, self.step_patches, self.pass_tokens = step_tokens, step_patches, PREFILL_TOKENS
         self.device = device
-        self.runner = ModelRunner(
-            model, roles, slots=slots, capacity=capacity, device=device, generator=generator, graphs=graphs
-        )
+        graphs = decode_graphs is not False
+        self.runner = ModelRunner(model, roles, device, slots, capacity, generator, graphs=graphs, compile=compile)
         self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold, or will when cached
         self.written = [0] * slots  # how far the last row of a slot wrote
 

@@ -38,13 +38,21 @@ def packs(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def compile_layers(decoder: Any) -> None:
+    """Each layer, but for its attention over slots, as few kernels as torch.compile makes of it; of any number of
+    tokens, so that few are compiled."""
+    for layer in decoder.layers:
+        if layer._compiled_call_impl is None:
+            layer.compile(dynamic=True)
+
+
 class ModelRunner:
     """Computes for rows in slots.
 
     Args:
-        model: the drop-in. slots: rows at a time. capacity: the most places that a row can come to need.
-        device: where ids live and rules run. generator: draws for every row that has none of its own; None is the
-            global one. graphs: whether to capture decode steps as CUDA graphs, where that can be done.
+        model: the drop-in. device: where ids live and rules run. slots: rows at a time. capacity: the most places that
+            a row can come to need. generator: draws for every row that has none of its own; None is the global one.
+        graphs: whether to capture decode steps as CUDA graphs, where that can be done. compile: the decoder's layers.
 
     Attributes:
         cache: of the slots. tokens: `[slots, places]` long, each row's committed tokens and draft; behind them its
@@ -55,14 +63,17 @@ class ModelRunner:
         self,
         model: Any,
         roles: TokenRoles,
-        *,
+        device: torch.device,
         slots: int,
         capacity: int,
-        device: torch.device,
         generator: torch.Generator | None,
+        *,
         graphs: bool,
+        compile: bool,
     ):
         self.model, self.roles, self.device = model, roles, device
+        if compile:
+            compile_layers(model.get_decoder())
         self.graphs = take(model, device) if graphs else None
         self.packs = packs(device) and self.graphs is None
         shape = slots, capacity + 1 + WINDOW

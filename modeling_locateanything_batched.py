@@ -319,7 +319,6 @@ class LocateAnythingBatchedForConditionalGeneration(
         expected: int = sys.maxsize,
         max_batch_rows: int | None = None,
         most: int = ROWS_A_STEP,
-        decode_graphs: bool | None = None,
         share_images: bool = True,
         **options: Any,
     ) -> GenerationLoop:
@@ -335,14 +334,11 @@ class LocateAnythingBatchedForConditionalGeneration(
             slots=min(int(max_batch_rows or 0) or rows_that_fit(self, min(room, expected), device), most),
             capacity=room,
             device=device,
-            graphs=decode_graphs is not False,
             **options,
         )
 
     def release_memory(self) -> None:
-        """Gives back what CUDA graphs keep for the next call of generate: the KV cache, and the graphs themselves.
-
-        Moving the weights, switching an adapter, or running out of memory in generate does so too."""
+        """Gives back what generate keeps for its next call where it uses CUDA graphs: these, and the KV cache."""
         release(self)
 
     @torch.no_grad()
@@ -366,6 +362,7 @@ class LocateAnythingBatchedForConditionalGeneration(
         decode_graphs: bool | None = None,
         share_images: bool = True,
         share_prefixes: bool = True,
+        compile: bool = False,
         tokenizer: Any | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -397,6 +394,7 @@ class LocateAnythingBatchedForConditionalGeneration(
                 the others wait for a place.
             decode_graphs: capture decode steps as CUDA graphs; by default where the model is on one CUDA device.
             share_images, share_prefixes: encode equal images once, and compute once what prompts begin with alike.
+            compile: the decoder's layers with torch.compile, once and for good; the first steps wait for it.
             tokenizer, verbose: given, the answer is text, as the stock's generate returns it (docs/stock-behaviour.md
                 §6); but with `stop_strings`, which need a tokenizer too, only with `verbose=True`.
 
@@ -446,6 +444,7 @@ class LocateAnythingBatchedForConditionalGeneration(
             decode_graphs=decode_graphs,
             share_images=share_images,
             share_prefixes=share_prefixes,
+            compile=compile,
         ).run(rows)
         errors, as_dict = [row.error for row in rows], config.return_dict_in_generate and not as_text
         if any(errors) and not as_dict:
