@@ -109,7 +109,8 @@ class DecodeGraphs:
 
     def place(self, buffers: Buffers | None) -> None:
         """Goes on with these buffers, and no graphs."""
-        self.buffers, self.version = buffers, buffers.cache.version if buffers else 0
+        self.buffers: Any = buffers
+        self.version = buffers.cache.version if buffers else 0
         self.graphs: dict[Shape, tuple[Callable[[], None], torch.Tensor]] = {}
         self.pool: Any = None  # of memory; all graphs share one, for only one runs at a time
 

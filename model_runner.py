@@ -173,10 +173,8 @@ class ModelRunner:
         with torch.cuda.device_of(self.state):  # a graph is captured and replayed on the current device
             result = self.graphs.run(self.compute, shape) if self.graphs else self.compute(shape)
         told = result.cpu()[order] if decides else self.decide([rows[slot] for slot in order], result).cpu()
-        scores = told[:, -WINDOW:].int().view(torch.float32)
-        return [
-            (rows[slot], *each) for slot, *each in zip(order, told[:, :-WINDOW].tolist(), scores.tolist(), strict=True)
-        ]
+        numbers, scores = told[:, :-WINDOW].tolist(), told[:, -WINDOW:].int().view(torch.float32).tolist()
+        return list(zip((rows[slot] for slot in order), numbers, scores, strict=True))
 
     def write_state(self, active: dict[int, Row], rows: dict[int, Row]) -> list[int]:
         """The device gets the rows' state. Returns the slots of `rows`, those of one phase side by side, and in it
