@@ -100,7 +100,8 @@ def file_names(pictures: Iterable[Key], root: str) -> dict[Key, tuple[str, str]]
     for source, frame in pictures:
         path = source if root == os.sep else os.path.relpath(source, root)
         path = os.path.basename(unquote(urlsplit(source).path)) if _is_url(source) else path
-        stem, suffix = os.path.splitext(os.fsencode(path).decode(errors="replace").replace(os.sep, "/"))
+        path = os.fsencode(path).decode(errors="replace").replace(os.sep, "/")
+        stem, suffix = re.fullmatch(r"(.*?)(\.\w{1,5})?", path, re.DOTALL).groups("")  # type: ignore[union-attr]
         stem, suffix = (stem, suffix) if frame is None else (f"{stem}-{frame:06}", ".jpg")
         parts = [re.sub(r'[\\<>:"|?*\x00-\x1f]', "_", part) for part in stem.split("/") if part not in ("", ".", "..")]
         name = "/".join(part.encode()[:200].decode(errors="ignore") for part in parts) or "picture"  # most take 255

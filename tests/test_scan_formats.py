@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import weakref
 from pathlib import Path
 from xml.etree import ElementTree
@@ -57,8 +58,10 @@ RECORDS = [
     record("data:image/png,0123456789abcdef", QUERIES[0], BOX),
     failed(f"{ROOT}/broken.jpg"),
     record(f"{ROOT}/\udcff:?.jpg", QUERIES[0], BOX),
+    record(f"{ROOT}/list.parquet:7", QUERIES[0]),
 ]
-NAMES = ["A/1", "a/1-2", "a/1-3", "b/é 1", "clip-000003", "clip-000012", "png,0123456789abcdef", "y z", "�__"]
+NAMES = ["A/1", "a/1-2", "a/1-3", "b/é 1", "clip-000003", "clip-000012", "list.parquet_7", "png,0123456789abcdef"]
+NAMES += ["y z", "�__"]
 
 
 @pytest.fixture
@@ -82,7 +85,7 @@ def coco(folder: Path):
 def test_coco(folder):
     export(folder, ["coco"])
     told = coco(folder)
-    assert sorted(image["file_name"].rpartition(".")[0] or image["file_name"] for image in told["images"]) == NAMES
+    assert sorted(re.sub(r"\.(jpg|png)$", "", image["file_name"]) for image in told["images"]) == NAMES
     assert [category["id"] for category in told["categories"]] == [1, 2, 3]
     assert [category["name"] for category in told["categories"]] == QUERIES
     by_source = {(image["source"], image["frame"]): image for image in told["images"]}
@@ -160,7 +163,7 @@ def test_csv(folder):
     export(folder, ["csv"])
     with open(folder / "csv/detections.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 8 + 5, "a line for each detection, and one where there is none"
+    assert len(rows) == 8 + 6, "a line for each detection, and one where there is none"
     assert [row["x_max"] for row in rows[:2]] == ["30.5", ""]
     assert {(row["source"], row["status"], row["error"]) for row in rows if row["status"] == "error"} == {
         (f"{ROOT}/a/1.png", "error", "broken"), (f"{ROOT}/broken.jpg", "error", "broken"),
