@@ -246,12 +246,14 @@ class GenerationLoop:
         """Chunks that share finite numbers only; the others are computed whole. NaN in one picture spreads to tokens
         before it: 0 × NaN, under the causal mask. Those whose donor is not as far yet are left for another step."""
         anew = set()
+        fresh = [chunk for chunk in planned if chunk.start and not self.active[chunk.slot].cached]
+        finite = self.runner.cache.are_finite({(chunk.donor, chunk.start) for chunk in fresh})
         for chunk in planned:
-            if chunk.start and not self.active[chunk.slot].cached:
+            if chunk in fresh:
                 donor = self.active.get(chunk.donor)
                 if chunk.donor != chunk.slot and donor is not None and donor.cached < chunk.start:
                     continue
-                if chunk.donor in anew or not self.runner.cache.is_finite(chunk.donor, chunk.start):
+                if chunk.donor in anew or not finite[chunk.donor, chunk.start]:
                     chunk = PromptChunk(chunk.slot, 0, chunk.stop)
                     anew.add(chunk.slot)  # which does not hold what it held any more
             yield chunk

@@ -9,7 +9,7 @@ entering row's prompt is copied (`share_prefixes`), and only the rest is compute
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
@@ -110,10 +110,14 @@ class SlotKVCache:
         if self.layers and start < stop:
             torch._foreach_zero_([layer[slot, start:stop] for layer in self.layers.values()])
 
-    def is_finite(self, slot: int, length: int) -> bool:
-        """Whether the first `length` places hold numbers only. NaN in a token's pass reaches the last layer."""
+    def are_finite(self, prefixes: Collection[tuple[int, int]]) -> dict[tuple[int, int], bool]:
+        """Whether the first `length` places of each (slot, length) hold numbers only; the device is asked once. NaN in
+        a token's pass reaches the last layer."""
+        if not prefixes:
+            return {}
         *_, last = self.layers.values()
-        return bool(last[slot, :length].isfinite().all())
+        finite = torch.stack([last[slot, :length].isfinite().all() for slot, length in prefixes])
+        return dict(zip(prefixes, finite.tolist(), strict=True))
 
 
 @dataclass(frozen=True)

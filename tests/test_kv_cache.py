@@ -139,9 +139,9 @@ def test_slots_move_and_clear():
     cache.clear(1, 2, 5)
     for layer in cache.layers.values():
         assert layer[1, :2].all() and not layer[1, 2:].any()
-    assert cache.is_finite(0, 4)
+    assert cache.are_finite([(0, 4)]) == {(0, 4): True} and cache.are_finite([]) == {}
     cache.layers[1][0, 3, 1, 0] = torch.nan
-    assert cache.is_finite(0, 3) and not cache.is_finite(0, 4)
+    assert cache.are_finite([(0, 3), (0, 4)]) == {(0, 3): True, (0, 4): False}
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 400)), min_size=1, max_size=6))

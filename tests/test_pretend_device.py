@@ -158,6 +158,27 @@ def test_a_greedy_step_takes_one_copy_up_and_one_down(mode, device, monkeypatch)
     assert set(map(tuple, (sorted(step.items()) for step in steps))) == {((TO_DEVICE, 1), (TO_HOST, 1))}
 
 
+def test_rows_that_enter_together_make_the_host_wait_once(device, monkeypatch):
+    """Whether what they share is finite is asked for all of them at once; their tokens go up in one copy."""
+    same = [case for case in cases_of("shapes") if case["images"] == cases_of("shapes")[0]["images"]]
+    seen = {}
+    for rows in (4, 9):
+        batch = on(device, "shapes", (same * 9)[:rows])
+        begun = len(device.events)
+        enter = GenerationLoop.enter
+
+        def entered(loop, enter=enter, rows=rows):
+            before = len(device.events)
+            enter(loop)
+            seen.setdefault(rows, Counter(event.kind for event in device.events[before:]))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GenerationLoop, "enter", entered)
+            batch.run(max_new_tokens=2)
+        assert sum("write_tokens" in event.place for event in device.events[begun:]) == 1
+    assert seen[4] == seen[9] and (seen[9][TO_HOST], seen[9][WAITS]) == (1, 0)
+
+
 def test_the_layers_copy_nothing(device, monkeypatch):
     """Neither in a prefill pass nor in a step: all they need is on the device before the first of them."""
     batch = on(device, "shapes", cases_of("shapes")[:6])
