@@ -13,6 +13,7 @@ The product rate is the best that the decoder's own matrices reach here; its sha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 from collections.abc import Callable
@@ -242,7 +243,9 @@ class Bench:
             stages.reset()
             return model.generate(**inputs, **{"max_batch_rows": batch, **settings, **switches}, max_new_tokens=limits)
 
-        with Products() as products:
+        products = Products()
+        # what is compiled would have the counting compiled as well
+        with contextlib.nullcontext() if switches.get("compile") else products:
             if device.type == "cuda":
                 ours()  # libraries set themselves up, and graphs are captured
                 ours()
@@ -319,9 +322,11 @@ def tell_switches(bench: Bench, keep: Callable[[dict[str, Any]], None], *run: An
     for name, switch in switches.items():
         cases[f"{name} alone"] = {key: value for key, value in off.items() if key not in switch}
         cases[f"all but {name}"] = switch
-    cases["all on"] = {}
+    cases |= {"all on": {}, "all on, compiled": {"compile": True}}  # the last, as layers stay compiled
     seconds = {}
     for case, chosen in cases.items():
+        if "compile" in chosen:
+            bench.run(*run, baseline_rows=0, **chosen)
         record = bench.run(*run, baseline_rows=0, **chosen)
         keep(record)
         seconds[case] = record["seconds"]
