@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .configuration import WINDOW, TokenRoles
 from .decoding import Phase
 from .kv_cache import PromptChunk, content_of, in_passes, share_prefixes
-from .model_runner import ModelRunner
+from .model_runner import INVARIANT_ROWS, ModelRunner
 from .rows import Picture, Row
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one chunk at least)
@@ -39,6 +39,8 @@ class GenerationLoop:
         generator: draws for every row that has none of its own; None is the global one.
         device: where ids live and rules run. decode_graphs, compile: see `generate`.
         share_prefixes: whether a row copies from another's slot what their prompts begin with.
+        batch_invariant: whether a row is computed in shapes that follow from the row alone: its pictures and its
+            prompt in passes of their own, whole, and its steps as `ModelRunner` says, at most 16 rows at a time.
         step_tokens, step_patches: prompt tokens to cache and patches to encode in one step, at most (one picture at
             least), so that rows which decode do not wait long for those that enter. A picture cannot be split.
     """
@@ -56,18 +58,24 @@ class GenerationLoop:
         decode_graphs: bool | None = None,
         compile: bool = False,
         share_prefixes: bool = True,
+        batch_invariant: bool = False,
         step_tokens: int = sys.maxsize,
         step_patches: int = sys.maxsize,
     ):
+        self.pass_tokens = CPU_PREFILL_TOKENS if device.type == "cpu" else PREFILL_TOKENS
+        if batch_invariant:
+            slots, share_prefixes, step_tokens, self.pass_tokens = min(slots, INVARIANT_ROWS), False, sys.maxsize, 1
+            pictures.patches_a_pass = 1
         self.pictures, self.roles = pictures, roles
         self.waiting: deque[Row] = deque()
         self.active: dict[int, Row] = {}  # by slot, in the order they came
         self.slots, self.share_prefixes = slots, share_prefixes
         self.step_tokens, self.step_patches = step_tokens, step_patches
-        self.pass_tokens = CPU_PREFILL_TOKENS if device.type == "cpu" else PREFILL_TOKENS
         self.device = device
         graphs = decode_graphs is not False
-        self.runner = ModelRunner(model, roles, device, slots, capacity, generator, graphs=graphs, compile=compile)
+        self.runner = ModelRunner(
+            *(model, roles, device, slots, capacity, generator), graphs=graphs, compile=compile, invariant=batch_invariant
+        )
         self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold, or will when cached
         self.written = [0] * slots  # how far the last row of a slot wrote
 
@@ -147,7 +155,7 @@ class GenerationLoop:
         else:
             logger.warning_once(f"out of memory with {self.slots} rows at a time; going on with half of it")
             self.slots = max(1, self.slots // 2)
-            self.pass_tokens = max(LEAST_PREFILL_TOKENS, self.pass_tokens // 2)
+            self.pass_tokens = min(self.pass_tokens, max(LEAST_PREFILL_TOKENS, self.pass_tokens // 2))
             self.pictures.halve()
         failed = self.leave()
         for row in self.active.values():

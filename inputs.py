@@ -399,8 +399,8 @@ class Pictures:
             sizes = torch.tensor([picture.size for picture in pixels])
             encoded = self.model.extract_feature([picture.patches for picture in pixels], sizes, self.patches_a_pass)
             features.update(zip(pixels, encoded, strict=True))
-        for picture, projected in zip(features, self.model.project([*features.values()]), strict=True):
-            picture.encoded = projected
+        for picture, feature in features.items():
+            picture.encoded = self.model.project([feature])[0]
         return [picture.encoded[part] for picture, part in wanted]
 
     def release(self, row: Row) -> None:

@@ -24,12 +24,13 @@ from .decoding import (
     verify_label,
     window_tokens,
 )
-from .kv_cache import DecodeStep, PrefillStep, PromptChunk, SlotKVCache, State
+from .kv_cache import KEY_BLOCK, DecodeStep, PrefillStep, PromptChunk, SlotKVCache, State
 from .rows import Row
 from .sampling import MODEL, Sampler, SamplingParameters
 
 EMPTY = State.empty()[1:]
 PLAIN = SamplingParameters()
+INVARIANT_ROWS = 16  # of every batch-invariant pass: so few tokens take hardly longer than the weights take to be read
 
 
 def packs(device: torch.device) -> bool:
@@ -53,6 +54,7 @@ class ModelRunner:
         model: the drop-in. device: where ids live and rules run. slots: rows at a time. capacity: the most places that
             a row can come to need. generator: draws for every row that has none of its own; None is the global one.
         graphs: whether to capture decode steps as CUDA graphs, where that can be done. compile: the decoder's layers.
+            invariant: whether a row's steps are computed in shapes that follow from the row alone.
 
     Attributes:
         cache: of the slots. tokens: `[slots, places]` long, each row's committed tokens and draft; behind them its
@@ -70,12 +72,14 @@ class ModelRunner:
         *,
         graphs: bool,
         compile: bool,
+        invariant: bool = False,
     ):
-        self.model, self.roles, self.device = model, roles, device
+        self.model, self.roles, self.device, self.invariant = model, roles, device, invariant
         if compile:
             compile_layers(model.get_decoder())
         self.graphs = take(model, device) if graphs else None
-        self.packs = packs(device) and self.graphs is None
+        self.packs = packs(device) and self.graphs is None and not invariant
+        slots = INVARIANT_ROWS if invariant else slots
         shape = slots, capacity + 1 + WINDOW
         kept = self.graphs.buffers if self.graphs else None
         if kept is None or kept.tokens.shape[0] < shape[0] or kept.tokens.shape[1] < shape[1]:
@@ -160,21 +164,41 @@ class ModelRunner:
             Of each row the numbers that `told` gives, and the log-probabilities of its tokens.
         """
         rows = {slot: row for slot, row in active.items() if row.entered}
+        passes: dict[tuple, dict[int, Row]] = {}
+        for slot, row in rows.items():
+            passes.setdefault(invariant_kind(row) if self.invariant else (), {})[slot] = row
+        return [told for some in passes.values() for told in self.step_together(active, some)]
+
+    def step_together(self, active: dict[int, Row], rows: dict[int, Row]) -> list[tuple[Row, list[int], list[float]]]:
+        """`step`, of rows that are computed in one pass."""
         order = self.write_state(active, rows)
+        shape = self.shape_of(rows)
+        self.reserve(max(*active, shape.rows - 1), shape.longest)
+        with torch.cuda.device_of(self.state):  # a graph is captured and replayed on the current device
+            result = self.graphs.run(self.compute, shape) if self.graphs else self.compute(shape)
+        if shape.decides:
+            told = result.cpu()[order]
+        else:
+            size = 1 if self.invariant else len(order)  # of those whose logits are computed together
+            parts = zip(range(0, len(order), size), self.state[: len(order), State.ORDER].split(size), strict=True)
+            chosen = [rows[slot] for slot in order]
+            told = torch.cat([self.decide(chosen[at : at + size], slots, result) for at, slots in parts]).cpu()
+        numbers, scores = told[:, :-WINDOW].tolist(), told[:, -WINDOW:].int().view(torch.float32).tolist()
+        return list(zip((rows[slot] for slot in order), numbers, scores, strict=True))
+
+    def shape_of(self, rows: dict[int, Row]) -> Shape:
+        """What a pass over these rows is computed in."""
+        decides = not self.packs and all(map(is_plain, rows.values()))
+        if self.invariant:
+            longest, _ = invariant_kind(next(iter(rows.values())))
+            shape = Shape(INVARIANT_ROWS, WINDOW, True, longest, 0, decides)
+            return shape._replace(cells=shape.grid)
         windows = any(row.phase != Phase.AR for row in rows.values())
         pending = [len(row.pending) for row in rows.values()]
         longest = max(row.cached + fed for row, fed in zip(rows.values(), pending, strict=True)) + WINDOW * windows
-        self.reserve(max(active), longest)
-        decides = not self.packs and all(map(is_plain, rows.values()))
         used = sum(pending) + WINDOW * sum(row.phase != Phase.AR for row in rows.values())
         shape = Shape(max(rows) + 1, max(pending), windows, longest, used, decides)
-        if not self.packs and not self.graphs:
-            shape = shape._replace(cells=shape.grid)
-        with torch.cuda.device_of(self.state):  # a graph is captured and replayed on the current device
-            result = self.graphs.run(self.compute, shape) if self.graphs else self.compute(shape)
-        told = result.cpu()[order] if decides else self.decide([rows[slot] for slot in order], result).cpu()
-        numbers, scores = told[:, :-WINDOW].tolist(), told[:, -WINDOW:].int().view(torch.float32).tolist()
-        return list(zip((rows[slot] for slot in order), numbers, scores, strict=True))
+        return shape if self.packs or self.graphs else shape._replace(cells=shape.grid)
 
     def write_state(self, active: dict[int, Row], rows: dict[int, Row]) -> list[int]:
         """The device gets the rows' state. Returns the slots of `rows`, those of one phase side by side, and in it
@@ -183,7 +207,9 @@ class ModelRunner:
         for slot, row in sorted(rows.items()):
             kinds.setdefault((row.phase, *Sampler.kind(row)), []).append(slot)
         order = [slot for _, slots in sorted(kinds.items(), key=lambda kind: kind[0][:2]) for slot in slots]
-        states = [active[slot].state if slot in active else EMPTY for slot in range(len(self.state))]
+        states = [EMPTY] * len(self.state)
+        for slot, row in active.items():
+            states[slot] = row.state if slot in rows else row.idle
         lines = [[taken, *columns] for taken, columns in zip(chain(order, repeat(0)), states, strict=False)]
         self.state.copy_(self.upload(lines))
         return order
@@ -224,16 +250,17 @@ class ModelRunner:
         """`[…, hidden]` → `[…, vocabulary]` float32."""
         return self.model.logits(lines.flatten(0, -2)).to(self.device, torch.float32).unflatten(0, lines.shape[:-1])
 
-    def decide(self, rows: list[Row], hidden: torch.Tensor) -> torch.Tensor:
-        """The decoding rules, phase by phase, on rows in the order of the state: `[R, Q, hidden]` by slot → `told`."""
+    def decide(self, rows: list[Row], slots: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The decoding rules, phase by phase, on rows in the order of the state and their slots, `[R]` long:
+        `[R, Q, hidden]` by slot → `told`."""
         groups = [list(group) for _, group in groupby(rows, lambda row: row.phase)]
-        slots = self.state[: len(rows), State.ORDER].split([len(group) for group in groups])
-        read = [self.read(hidden, group, at) for group, at in zip(groups, slots, strict=True)]
+        places = slots.split([len(group) for group in groups])
+        read = [self.read(hidden, *each) for each in zip(groups, places, strict=True)]
         # one call of the head, which reads more weights than a layer
         logits = self.logits(torch.cat([lines.flatten(0, 1) for lines in read]))
         parts = logits.split([lines.shape[0] * lines.shape[1] for lines in read])
         parts = [part.unflatten(0, lines.shape[:2]) for part, lines in zip(parts, read, strict=True)]
-        return torch.cat([self.accept(*each) for each in zip(parts, groups, slots, strict=True)])
+        return torch.cat([self.accept(*each) for each in zip(parts, groups, places, strict=True)])
 
     def read(self, hidden: torch.Tensor, rows: list[Row], slots: torch.Tensor) -> torch.Tensor:
         """`[R, lines, hidden]`, what the rules of these rows' phase read: the window, or behind the last committed
@@ -275,6 +302,12 @@ def is_plain(row: Row) -> bool:
     settings = row.settings
     changed = settings.sampling != PLAIN or row.processors or settings.least > row.committed
     return not (changed or settings.verify_labels or row.phase == Phase.VERIFIED)
+
+
+def invariant_kind(row: Row) -> tuple[int, bool]:
+    """Rows of one kind share a batch-invariant pass: how many keys it attends to, and whether its rules are in it."""
+    written = row.cached + len(row.pending) + WINDOW
+    return max(KEY_BLOCK, 1 << (written - 1).bit_length()), is_plain(row)
 
 
 def told(accepted: Acceptance, probabilities: torch.Tensor, faults: torch.Tensor) -> torch.Tensor:

@@ -363,6 +363,7 @@ class LocateAnythingBatchedForConditionalGeneration(
         share_images: bool = True,
         share_prefixes: bool = True,
         compile: bool = False,
+        batch_invariant: bool = False,
         tokenizer: Any | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -395,6 +396,8 @@ class LocateAnythingBatchedForConditionalGeneration(
             decode_graphs: capture decode steps as CUDA graphs; by default where the model is on one CUDA device.
             share_images, share_prefixes: encode equal images once, and compute once what prompts begin with alike.
             compile: the decoder's layers with torch.compile, once and for good; the first steps wait for it.
+            batch_invariant: compute a row in shapes that follow from the row alone, so that in half precision too it
+                gets bit for bit the tokens and scores it gets alone; slower (docs/api.md).
             tokenizer, verbose: given, the answer is text, as the stock's generate returns it (docs/stock-behaviour.md
                 §6); but with `stop_strings`, which need a tokenizer too, only with `verbose=True`.
 
@@ -445,6 +448,7 @@ class LocateAnythingBatchedForConditionalGeneration(
             share_images=share_images,
             share_prefixes=share_prefixes,
             compile=compile,
+            batch_invariant=batch_invariant,
         ).run(rows)
         errors, as_dict = [row.error for row in rows], config.return_dict_in_generate and not as_text
         if any(errors) and not as_dict:

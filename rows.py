@@ -135,12 +135,15 @@ class Row:
 
     @property
     def state(self) -> list[int]:
-        """Its columns of `State`, but for the order. One that has yet to enter has nothing to feed."""
-        if not self.entered:
-            return [self.committed, self.committed, 0, Phase.AR, 0, 0, *self.tokens[:1] * WINDOW]
+        """Its columns of `State`, but for the order."""
         pending = (self.pending + self.tokens[:1] * WINDOW)[:WINDOW]
         flags = self.settings.mode == "hybrid", self.settings.verify_labels
         return [self.committed, self.cached, len(self.draft), self.phase, *flags, *pending]
+
+    @property
+    def idle(self) -> list[int]:
+        """The same, for a pass in which it has nothing to feed."""
+        return [self.committed, self.committed, 0, Phase.AR, 0, 0, *self.tokens[:1] * WINDOW]
 
     def features(self, start: int, stop: int) -> list[tuple[Picture, slice]]:
         """Which features of which pictures fill the image slots among places start … stop - 1 of its content."""
