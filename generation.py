@@ -74,7 +74,10 @@ class GenerationLoop:
         self.device = device
         graphs = decode_graphs is not False
         self.runner = ModelRunner(
-            *(model, roles, device, slots, capacity, generator), graphs=graphs, compile=compile, invariant=batch_invariant
+            *(model, roles, device, slots, capacity, generator),
+            graphs=graphs,
+            compile=compile,
+            invariant=batch_invariant,
         )
         self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold, or will when cached
         self.written = [0] * slots  # how far the last row of a slot wrote

@@ -54,7 +54,7 @@ class ModelRunner:
         model: the drop-in. device: where ids live and rules run. slots: rows at a time. capacity: the most places that
             a row can come to need. generator: draws for every row that has none of its own; None is the global one.
         graphs: whether to capture decode steps as CUDA graphs, where that can be done. compile: the decoder's layers.
-            invariant: whether a row's steps are computed in shapes that follow from the row alone.
+        invariant: whether a row's steps are computed in shapes that follow from the row alone.
 
     Attributes:
         cache: of the slots. tokens: `[slots, places]` long, each row's committed tokens and draft; behind them its

@@ -396,8 +396,7 @@ class LocateAnythingBatchedForConditionalGeneration(
             decode_graphs: capture decode steps as CUDA graphs; by default where the model is on one CUDA device.
             share_images, share_prefixes: encode equal images once, and compute once what prompts begin with alike.
             compile: the decoder's layers with torch.compile, once and for good; the first steps wait for it.
-            batch_invariant: compute a row in shapes that follow from the row alone, so that in half precision too it
-                gets bit for bit the tokens and scores it gets alone; slower (docs/api.md).
+            batch_invariant: in half precision too, a row gets bit for bit what it gets alone; slower (docs/api.md).
             tokenizer, verbose: given, the answer is text, as the stock's generate returns it (docs/stock-behaviour.md
                 §6); but with `stop_strings`, which need a tokenizer too, only with `verbose=True`.
 
