@@ -149,7 +149,10 @@ def finish(out: Path, formats: Sequence[str], *, draw: bool) -> int:
     export(out, formats)
     manifest = read_manifest(out)
     video = {name: manifest["settings"][name] for name in ("fps", "every")}
-    drawn = Counter(draw_pictures(out, _sources(manifest), most=None if draw else FEW, **video))
+    sources: Iterable[str] = _sources(manifest)
+    if "-" in manifest["sources"]:  # the standard input is read only once
+        sources = dict.fromkeys(record.source for record in read_records(out))
+    drawn = Counter(draw_pictures(out, sources, most=None if draw else FEW, **video))
     for error in islice(filter(None, drawn), TOLD_ERRORS):
         _complain(error)
     if 0 < len(few := list(islice(read_records(out), TABLE + 1))) <= TABLE:
@@ -301,7 +304,6 @@ def _count(bar: tqdm, manifest: dict[str, Any], processes: int) -> None:
         with suppress(Exception):  # the scan tells what is wrong with a source
             video = {name: manifest["settings"][name] for name in ("fps", "every")}
             bar.total = estimate(_sources(manifest), **video) // processes
-            bar.refresh()
 
 
 def _complain(message: str) -> None:

@@ -4,7 +4,8 @@
     python benchmarks/scan.py --make frames --pictures 49016      # only draws the pictures, for locate.py
 
 Pictures are drawn scenes (scenes.py), with two queries each. The scan starts at their files, `generate` with every row
-preprocessed and in memory. Wall time beside other work says little; seconds of CPU are printed too.
+preprocessed and in memory. Wall time beside other work says little; seconds of CPU are printed too: of the whole scan,
+of its engine's steps alone, of `generate`, and of reading and preprocessing.
 """
 
 from __future__ import annotations
@@ -67,15 +68,16 @@ def measured(model, processor, folder: str) -> dict[str, float]:
     from scan.workers import Interviewer, scan
 
     loop = sys.modules[type(model).__module__.rpartition(".")[0] + ".generation"].GenerationLoop
-    stepped, step = 0.0, loop.step
+    stepped, stepped_cpu, step = 0.0, 0.0, loop.step
 
     def timed(self):
-        nonlocal stepped
-        begin = time.perf_counter()
+        nonlocal stepped, stepped_cpu
+        begin, begin_cpu = time.perf_counter(), time.thread_time()
         try:
             return step(self)
         finally:
             stepped += time.perf_counter() - begin
+            stepped_cpu += time.thread_time() - begin_cpu
 
     loop.step = timed
     try:
@@ -86,9 +88,11 @@ def measured(model, processor, folder: str) -> dict[str, float]:
         loop.step = step
     assert {record.status for record in records} == {"ok"}
 
+    prepare_cpu = time.process_time()
     interviewer = Interviewer(processor, QUERIES, "detect", 0.0, "hybrid")
     items = ((item, interviewer.questions(item)) for item in read_items([folder]))
     rows = [one.row for item, questions in items for one in interviewer.prepare(item, questions)]
+    prepare_cpu = time.process_time() - prepare_cpu
     ids = [row["input_ids"][0] for row in rows]
     pad = model.generation_config.pad_token_id or model.config.pad_token_id
     inputs = {
@@ -111,7 +115,9 @@ def measured(model, processor, folder: str) -> dict[str, float]:
         "scan_of_generate": generate / wall,
         "stepped_share": stepped / wall,
         "scan_cpu_s": cpu,
+        "scan_steps_cpu_s": stepped_cpu,
         "generate_cpu_s": generate_cpu,
+        "prepare_cpu_s": prepare_cpu,
     }
 
 

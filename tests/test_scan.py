@@ -151,11 +151,12 @@ def test_a_bad_question_or_picture_fails_alone(loaded, tmp_path, monkeypatch):
     assert answers["too-long.png", queries[0]].width == 1400
 
 
-def test_shares_of_processes_make_the_whole(loaded):
+def test_shares_of_processes_make_the_whole_and_no_question_is_asked_twice(loaded):
     model, processor = loaded
     given = {"model": model, "processor": processor, "max_new_tokens": 16}
     everything = [str(PICTURES / f"{number:03}.png") for number in range(5)]
-    whole = list(scan(everything, QUERIES[:1], **given))
+    whole = list(scan([*everything, everything[0]], QUERIES[:1], **given))
+    assert len(whole) == 5  # the same question is asked once
     shares = [list(scan(everything, QUERIES[:1], process=number, processes=3, **given)) for number in range(3)]
     assert [len(share) for share in shares] == [2, 2, 1]
     assert plain(record for share in shares for record in share) == plain(whole)
@@ -227,6 +228,16 @@ def test_exports_any_time_later(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run("--format", "csv,png")
     assert "got 'png'" in capsys.readouterr().err
+
+
+def test_paths_from_the_standard_input(run, monkeypatch, capsys):
+    for number in range(2):
+        given = f"{PICTURES / POINT[0]}\n{PICTURES / TRIANGLES[0]}\n".encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given if number == 0 else b"")))
+        code, records = run(*(["-", *asking("red circle")] if number == 0 else ["--draw"]))
+        assert code == 0 and len(records) == 2
+        assert sorted(path.name for path in Path("out/drawn").iterdir()) == [POINT[0], TRIANGLES[0]]
+        shutil.rmtree("out/drawn")
 
 
 def test_failed_questions_are_told_and_retried(run, tmp_path, capsys):
