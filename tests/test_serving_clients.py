@@ -90,7 +90,10 @@ class Process:
 def test_a_signal_drains_and_ends_with_0(tmp_path, number):
     with Process(tmp_path) as server, ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(server.ask, index % 2 == 0) for index in range(8)]
-        time.sleep(0.5)
+        arrived = 0
+        while arrived < 8:
+            told = httpx.get(f"{server.url}/metrics", timeout=60).text
+            arrived = sum(map(float, re.findall(r"^locateanything_rows(?:_admitted|_total\{.*\}) (.*)$", told, re.M)))
         server.process.send_signal(number)
         assert [one.result().status_code for one in asked] == [200] * 8
         assert server.process.wait(20) == 0
