@@ -416,7 +416,8 @@ def test_locate_by_one_query_threshold_and_without_query(server):
     assert everything.json()["answers"][0]["query"] == ""
     server.error(400, path="/v1/locate", json={"image": image, "task": "detect"})
     assert server.error(400, path="/v1/locate", json={"image": image, "queries": ["x"] * 65})["param"] == "queries"
-    assert server.error(400, path="/v1/locate", json={"image": image, "queries": [""]})["param"] == "queries"
+    for query in ("", "cat <image-1>", "red</c>blue"):
+        assert server.error(400, path="/v1/locate", json={"image": image, "queries": [query]})["param"] == "queries"
     assert server.error(400, path="/v1/locate", json={"image": image, "queries": "x", "mode": "q"})["param"] == "mode"
 
 
