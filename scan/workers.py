@@ -24,15 +24,13 @@ VERBATIM = "prompt"  # the task of a question that was given whole and is none o
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one picture. text: as the model is asked. classes: what its `class_id`s count; own: that of
-    a label that is none of them."""
+    """One question about one picture. text: a whole one, to be asked as it is. classes: what its `class_id`s count."""
 
     item: Item
     query: str
     task: str
-    text: str
     classes: tuple[str, ...] = ()
-    own: int = -1
+    text: str = ""
 
     @property
     def key(self) -> bytes:
@@ -72,11 +70,10 @@ class Interviewer:
         if item.prompt is not None:
             task, query = self._read_prompt(item.prompt)
             classes = tuple(filter(None, query.split(SEPARATOR))) if task != VERBATIM else ()
-            return [Question(item, query, task, item.prompt, classes, 0 if len(classes) == 1 else -1)]
+            return [Question(item, query, task, classes, item.prompt)]
         queries = self.queries if item.queries is None else item.queries
-        if not queries:  # the text task asks for all text then; any other has nothing to ask
-            return [Question(item, "", self.task, "")]
-        return [Question(item, query, self.task, "", queries, number) for number, query in enumerate(queries)]
+        # the text task asks for all text without a query; any other has nothing to ask, which is an error
+        return [Question(item, query, self.task, queries) for query in queries or [""]]
 
     def prepare(self, item: Item, questions: Sequence[Question]) -> list[Prepared]:
         """The rows of a picture's questions. Whatever is wrong with it is told in them: threads must not end of it."""
@@ -106,7 +103,8 @@ class Interviewer:
             threshold=self.threshold,
             queries=[list(question.classes)] if question.classes else None,
         )
-        own = question.own
+        # a label that is no query answers the one that was asked
+        own = question.classes.index(question.query) if question.query in question.classes else -1
         detections = (*_detections(found, "boxes", "", own), *_detections(found, "points", "point_", own))
         return Record(**told, status="ok", detections=detections)
 
@@ -159,7 +157,6 @@ def scan(
     done: set[bytes] | None = None,
     process: int = 0,
     processes: int = 1,
-    threads: int | None = None,
     **settings: Any,
 ) -> Generator[Record, None, None]:
     """Asks the queries about every picture of the sources, and yields the answers as they come.
@@ -175,14 +172,13 @@ def scan(
         keep_repetitions: let answers that go round in circles run to their limit.
         done: `Record.key`s not to ask again; those of the questions asked are added.
         process, processes: which share of the pictures is asked about here.
-        threads: that read and preprocess pictures; by default one a core, eight at most.
         **settings: as `model.generate_batch` takes them for all rows, such as `generation_mode`, `max_new_tokens`.
 
     Yields:
         A record for each question, "error" ones too: whatever is wrong with one picture, the rest goes on.
 
     Raises:
-        ValueError: a query, a task or a setting that is none.
+        ValueError: a query or a task that is none.
         RuntimeError: the engine cannot go on, as after a device's error.
     """
     if isinstance(model, (str, os.PathLike)):
@@ -203,17 +199,16 @@ def scan(
 
     def rows() -> Iterator[dict[str, Any]]:
         numbers = map(str, count())
-        for prepared in ahead(pool, interviewer.prepare, work(), depth=2 * workers):
+        for prepared in ahead(pool, interviewer.prepare, work(), depth=2 * WORKERS):
             for one in prepared:
                 number = next(numbers)
                 asked[number] = replace(one, row=None)  # the engine knows best how long it needs the patches
                 # One without a row fails in the engine, and so comes out in its turn
                 yield {"request_id": number, **(one.row or {})}
 
-    workers = threads or WORKERS
     settings.setdefault("max_queue_size", 2 * TOGETHER)  # each holds its picture
     settings["stopping_criteria"] = [] if keep_repetitions else [model.degenerate_answer_criteria()]
-    pool = ThreadPoolExecutor(workers, "scan")
+    pool = ThreadPoolExecutor(WORKERS, "scan")
     try:
         failed: list[Record] = []  # in the engine: if that fails as a whole, they are no faults of their own
         with closing(model.generate_batch(rows(), stream=True, **settings)) as outputs:

@@ -171,7 +171,7 @@ def test_a_scan_reads_no_further_ahead_than_it_must(loaded, monkeypatch):
             taken.append(PICTURES / f"{len(taken) % 40:03}.png")
             yield Image.open(taken[-1])
 
-    records = scan(endless(), ["red circle"], model=model, processor=processor, max_batch_rows=4, threads=2)
+    records = scan(endless(), ["red circle"], model=model, processor=processor, max_batch_rows=4)
     for _ in range(20):
         next(records)
     records.close()
