@@ -94,8 +94,7 @@ class Dataset:
 
 
 def file_names(pictures: Iterable[Key], root: str) -> dict[Key, tuple[str, str]]:
-    """For each picture a name without and one with a suffix: below `root`, legal on every system, and told apart from
-    the others' in lower case too."""
+    """Of each picture a name without and one with a suffix, below `root`; no two are alike, in lower case either."""
     names, taken = dict[Key, tuple[str, str]](), dict[str, int]()
     for source, frame in pictures:
         path = source if root == os.sep else os.path.relpath(source, root)
@@ -123,15 +122,14 @@ def export(folder: str | Path, formats: Iterable[str]) -> list[Path]:
         formats: of `FORMATS`.
 
     Raises:
-        ValueError: an unknown format, no scan's folder, or a format's that holds what was not exported or was changed.
+        ValueError: an unknown format, no scan's folder, or one of a format that was not exported or was changed since.
         OSError: it cannot be written; what was there is still there.
     """
     targets = [Path(folder) / name for name in dict.fromkeys(formats)]
     for target in targets:
         if target.name not in FORMATS:
             raise ValueError(f"formats: got {target.name!r}; expected some of {', '.join(FORMATS)}.")
-        ours = target / OURS
-        if target.exists() and (not ours.is_file() or ours.read_text() != _state(target)):
+        if target.exists() and (not (ours := target / OURS).is_file() or ours.read_text() != _state(target)):
             raise ValueError(f"{target}: was not exported, or was changed since; move it away to export.")
     data: Any = Dataset(folder) if targets else None
     for target in targets:
@@ -141,6 +139,8 @@ def export(folder: str | Path, formats: Iterable[str]) -> list[Path]:
             FORMATS[target.name](new, data)
             (new / OURS).write_text(_state(new))
             if target.exists():
+                for link in filter(Path.is_symlink, list(target.iterdir())):  # yolo/images may be the user's
+                    link.rename(new / link.name)
                 target.rename(Path(scratch, "old"))
             new.rename(target)
     return targets
@@ -150,8 +150,8 @@ def _state(folder: Path) -> str:
     """A digest of the names, sizes and times of all that is in a folder."""
     digest = blake2b(digest_size=16)
     for path in sorted(folder.rglob("*")):
-        if path.name != OURS and (path.is_symlink() or not path.is_dir()):
-            told = path.lstat()
+        if path.name != OURS and path.is_file() and not path.is_symlink():
+            told = path.stat()
             digest.update(os.fsencode(f"{path.relative_to(folder)} {told.st_size} {told.st_mtime_ns}\n"))
     return digest.hexdigest()
 
@@ -223,9 +223,9 @@ def _labelstudio(folder: Path, data: Dataset) -> None:
             image, path = picture.origin["source"], os.path.join(base, picture.file_name)
             if not image.startswith("http") or picture.origin["frame"] is not None:
                 image = f"/data/local-files/?d={quote(path)}"
-            results = [result(picture, number, *one) for number, one in enumerate(picture.found)]
-            found = [{"model_version": data.model, "result": results}]
-            yield {"data": {"image": image, **picture.origin}, "predictions": found}
+            told = [result(picture, number, *one) for number, one in enumerate(picture.found)]
+            found = {"model_version": data.model, "result": told}
+            yield {"data": {"image": image, **picture.origin}, "predictions": [found]}
 
     base = os.path.basename(os.path.abspath(data.root))
     with _opened(folder / "tasks.json") as file:

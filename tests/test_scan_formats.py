@@ -208,7 +208,7 @@ def test_an_export_is_made_again_until_somebody_changes_it(folder):
         lambda at: (at / "pictures.csv").write_text("mine"),
         lambda at: (at / "mine.txt").write_text("mine"),
         lambda at: (at / "labels" / "A" / "1.txt").unlink(),
-        lambda at: (at / "images").symlink_to(folder),
+        lambda at: (at / "labels" / "mine").mkdir() or (at / "labels" / "mine" / "a.txt").touch(),
     ):
         export(folder, ["yolo"])
         change(folder / "yolo")
@@ -217,6 +217,15 @@ def test_an_export_is_made_again_until_somebody_changes_it(folder):
             export(folder, ["coco", "yolo"])
         assert files(folder) == before, "nothing else was begun"
         (folder / "yolo").rename(folder / f"moved-{len(list(folder.iterdir()))}")
+
+
+def test_links_beside_an_export_stay(folder):
+    """Training tools look for yolo/images beside yolo/labels."""
+    export(folder, ["yolo"])
+    (folder / "yolo" / "images").symlink_to(Path("..", "..", "pictures"))
+    export(folder, ["yolo"])
+    export(folder, ["yolo"])
+    assert (folder / "yolo" / "images").readlink() == Path("..", "..", "pictures")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "empty"])
