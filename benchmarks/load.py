@@ -1,11 +1,12 @@
-"""Load: very many rows through one call, and very many calls; every answer compared with its row's alone.
+"""Load: very many rows through one call, as a stream, and very many calls; each answer compared with its row's alone.
 
-    python benchmarks/load.py --rows 10000 --calls 20000 [--slots 32] [--checkpoint demo/checkpoint] [--json FILE]
+    python benchmarks/load.py --rows 10000 --stream 10000 --calls 20000 [--slots 32] [--json FILE]
 
 Rows are drawn from seeds: scenes (scenes.py), questions, modes, limits and sampling parameters, greedy or sampled with
 a generator of the row's own. Each distinct row is first run alone. Then come `--rows` of them through one `generate`
-call, and `--calls` calls of one to three rows. It prints rows or calls a second, resident memory at marks on the way,
-and how many rows differ from themselves alone; where any does, it exits with status 1.
+call; `--stream` requests, from ten threads at random times, a tenth of them cancelled at random times; and `--calls`
+calls of one to three rows. It prints rows or calls a second, resident memory at marks on the way, and how many rows
+differ from themselves alone, in tokens or forwards; where any does, it exits with status 1.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import gc
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ from benchmarks.scenes import scenes  # noqa: E402
 
 MODES = ("hybrid", "fast", "slow", "verified")
 MARKS = 10
+CLIENTS = 10
 
 
 class Ask(NamedTuple):
@@ -88,8 +91,8 @@ def asks(model: Any, processor: Any, distinct: int, seed: int) -> list[Ask]:
     return made[:distinct]
 
 
-def answers(model: Any, rows: list[Ask], **options: Any) -> list[list[int]]:
-    """The answers of one call, without the padding behind them."""
+def answers(model: Any, rows: list[Ask], **options: Any) -> list[tuple[list[int], int]]:
+    """The answers of one call, without the padding behind them, and the forwards they took."""
     width, pad = max(len(row.ids) for row in rows), model.config.pad_token_id
     output = model.generate(
         input_ids=torch.tensor([[pad] * (width - len(row.ids)) + row.ids for row in rows]),
@@ -105,13 +108,14 @@ def answers(model: Any, rows: list[Ask], **options: Any) -> list[list[int]]:
         **options,
     )
     counts = (output.accepted_by >= 0).sum(1).tolist()
-    return [ids[:count] for ids, count in zip(output.sequences[:, width:].tolist(), counts, strict=True)]
+    sequences, forwards = output.sequences[:, width:].tolist(), output.row_forwards.tolist()
+    return [(ids[:count], steps) for ids, count, steps in zip(sequences, counts, forwards, strict=True)]
 
 
-def one_call(model: Any, distinct: list[Ask], alone: list[list[int]], rows: int, slots: int, seed: int) -> dict:
+def one_call(model: Any, distinct: list[Ask], alone: list, rows: int, slots: int, seed: int) -> dict:
     """`rows` rows through one call of `slots` slots."""
     chosen = random.Random(seed).choices(range(len(distinct)), k=rows)
-    tokens = sum(len(alone[place]) for place in chosen)
+    tokens = sum(len(alone[place][0]) for place in chosen)
     marks = Marks(max(1, tokens // MARKS))
     gc.collect()
     before, start = resident(), time.perf_counter()
@@ -122,7 +126,60 @@ def one_call(model: Any, distinct: list[Ask], alone: list[list[int]], rows: int,
     return record | {"rows_a_second": rows / seconds, "resident": [before, *marks.noted]}
 
 
-def many_calls(model: Any, distinct: list[Ask], alone: list[list[int]], calls: int, seed: int) -> dict:
+def streamed(model: Any, distinct: list[Ask], alone: list, rows: int, slots: int, seed: int) -> dict:
+    """`rows` requests that come, and in part go, at random times."""
+    rng, lock = random.Random(seed), threading.Lock()
+    chosen = rng.choices(range(len(distinct)), k=rows)
+    outputs, noted = {}, []
+    every = max(1, rows // MARKS)
+
+    def note(output: Any) -> None:
+        """The answer, or how many tokens of it are right where the request was cancelled."""
+        ids, forwards = alone[chosen[int(output.request_id)]]
+        right = (output.generated_tokens, output.row_forwards) == (ids, forwards)
+        if output.finish_reason == "cancelled":
+            right = output.generated_tokens == ids[: len(output.generated_tokens)]
+        with lock:
+            outputs[output.request_id] = right, output.finish_reason == "cancelled"
+            if len(outputs) % every == 0:
+                noted.append(resident())
+
+    def client(number: int) -> None:
+        own = random.Random(f"{seed} {number}")
+        for place in range(number, rows, CLIENTS):
+            row = distinct[chosen[place]]
+            manager.add_request(
+                row.ids,
+                str(place),
+                row.limit,
+                result_handler=note,
+                visual_features=[row.features],
+                generation_mode=row.mode,
+                temperature=row.temperature,
+                repetition_penalty=row.penalty,
+                generator=torch.Generator().manual_seed(row.seed),
+            )
+            if own.random() < 0.1:
+                time.sleep(own.expovariate(50))
+                manager.cancel_request(str(place))
+            elif own.random() < 0.1:
+                time.sleep(own.expovariate(20))
+
+    gc.collect()
+    start = time.perf_counter()
+    with model.continuous_batching_context_manager(max_batch_rows=slots, prefill_tokens=256) as manager:
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+        for each in clients:
+            each.start()
+        for each in clients:
+            each.join()
+    seconds = time.perf_counter() - start
+    wrong = rows - sum(right for right, _ in outputs.values())
+    record = {"rows": rows, "slots": slots, "wrong": wrong, "seconds": seconds, "rows_a_second": rows / seconds}
+    return record | {"cancelled": sum(gone for _, gone in outputs.values()), "resident": noted}
+
+
+def many_calls(model: Any, distinct: list[Ask], alone: list, calls: int, seed: int) -> dict:
     """`calls` calls of one to three rows of short answers, one after another."""
     rng = random.Random(seed)
     short = [place for place, row in enumerate(distinct) if row.limit <= 4]
@@ -159,6 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(DEMO), help="a small one (default demo/checkpoint)")
     parser.add_argument("--rows", type=int, default=10000, help="rows of the one call (default 10000; 0 for none)")
+    parser.add_argument("--stream", type=int, default=10000, help="requests of the stream (default 10000; 0 for none)")
     parser.add_argument("--calls", type=int, default=20000, help="short calls (default 20000; 0 for none)")
     parser.add_argument("--slots", type=count, default=32, help="rows decoded at a time in the one call (default 32)")
     parser.add_argument("--distinct", type=count, default=1000, help="different rows, run alone first (default 1000)")
@@ -173,7 +231,7 @@ def main() -> int:
     print(f"{arguments.checkpoint}, float32; {record['machine']}, {arguments.threads} threads, {record['date']}")
     distinct = asks(model, processor, arguments.distinct, arguments.seed)
     alone = [answers(model, [row])[0] for row in distinct]
-    print(f"{len(distinct)} different rows, run alone: {sum(map(len, alone))} tokens", flush=True)
+    print(f"{len(distinct)} different rows, run alone: {sum(len(ids) for ids, _ in alone)} tokens", flush=True)
     wrong = 0
     if arguments.rows:
         one = record["one_call"] = one_call(model, distinct, alone, arguments.rows, arguments.slots, arguments.seed)
@@ -182,6 +240,16 @@ def main() -> int:
             f"one call: {one['rows']} rows, {one['slots']} slots, {one['tokens']} tokens in {one['seconds']:.0f} s, "
             f"{one['rows_a_second']:.1f} rows/s; {one['wrong']} rows wrong\n  MB resident: "
             f"{megabytes(one['resident'])}",
+            flush=True,
+        )
+    if arguments.stream:
+        own = streamed(model, distinct, alone, arguments.stream, arguments.slots, arguments.seed)
+        record["stream"] = own
+        wrong += own["wrong"]
+        print(
+            f"stream: {own['rows']} rows, {own['cancelled']} of them cancelled, {own['slots']} slots, in "
+            f"{own['seconds']:.0f} s, {own['rows_a_second']:.1f} rows/s; {own['wrong']} rows wrong\n  MB resident: "
+            f"{megabytes(own['resident'])}",
             flush=True,
         )
     if arguments.calls:
