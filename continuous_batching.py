@@ -114,7 +114,7 @@ class ContinuousBatchingManager:
         generation_config: GenerationConfig | None = None,
         *,
         max_batch_rows: int | None = None,
-        max_queue_size: int = 2 * ROWS_A_STEP,
+        max_queue_size: int = ROWS_A_STEP,
         prefill_tokens: int = 2048,
         prefill_patches: int = 8192,
         **options: Any,
@@ -203,9 +203,10 @@ class ContinuousBatchingManager:
                 engine.add(request.row)
             except Exception as error:
                 request.row.fail(f"{type(error).__name__}: {error}", error)
-        for request in filter(None, map(self._requests.get, cancelled)):
+        gone = [*filter(None, map(self._requests.get, cancelled))]
+        for request in gone:
             engine.cancel(request.row)
-        self._tell([request for request in self._requests.values() if request.row.finish_reason])
+        self._tell([request for request in dict.fromkeys([*incoming, *gone]) if request.row.finish_reason])
         return True
 
     def _follow(self, engine: Any) -> None:

@@ -24,6 +24,7 @@ from .rows import Picture, Row
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one chunk at least)
 CPU_PREFILL_TOKENS = 640  # fresh pages again (see vision.py): 2,400 cost 10% more a token in bfloat16, 60% by int8
 LEAST_PREFILL_TOKENS = 256  # less is not tried after running out of memory
+KEPT_PLACES = 8192  # of the cache, a slot: one with more, for rows that are rarely so long, goes with them
 ANSWER_PLACES = 256  # of the cache, made ready behind a prompt: most answers are shorter than their limit
 
 logger = logging.get_logger(__name__)
@@ -69,9 +70,9 @@ class GenerationLoop:
         self.pictures, self.roles = pictures, roles
         self.waiting: deque[Row] = deque()
         self.active: dict[int, Row] = {}  # by slot, in the order they came
-        self.slots, self.share_prefixes = slots, share_prefixes
+        self.slots, self.share_prefixes, self.device = slots, share_prefixes, device
         self.step_tokens, self.step_patches = step_tokens, step_patches
-        self.device = device
+        self.limits = slots, self.pass_tokens, pictures.patches_a_pass  # which `halve` goes below
         graphs = decode_graphs is not False
         self.runner = ModelRunner(
             *(model, roles, device, slots, capacity, generator),
@@ -80,7 +81,7 @@ class GenerationLoop:
             invariant=batch_invariant,
         )
         self.residents: dict[int, np.ndarray] = {}  # contents of the prompts that slots hold, or will when cached
-        self.written = [0] * slots  # how far the last row of a slot wrote
+        self.written: dict[int, int] = {}  # how far the last row of a slot wrote
 
     # ---- rows in, steps, rows out
 
@@ -167,9 +168,18 @@ class GenerationLoop:
             row.leave_memory()
         self.waiting.extendleft(reversed(self.active.values()))
         self.active = {}
-        self.runner.empty_cache()
-        self.residents, self.written = {}, [0] * self.slots
+        self.empty_cache()
         return failed
+
+    def empty_cache(self) -> None:
+        self.runner.empty_cache()
+        self.residents, self.written = {}, {}
+
+    def rest(self) -> None:
+        """No row is left: what was halved is tried whole again, and a cache that few rows need is given back."""
+        self.slots, self.pass_tokens, self.pictures.patches_a_pass = self.limits
+        if self.runner.cache.places > KEPT_PLACES:
+            self.empty_cache()
 
     # ---- schedule
 
@@ -198,7 +208,7 @@ class GenerationLoop:
         row = self.active[target] = self.active.pop(source)
         self.runner.move(source, target, row.cached)
         if row.cached or row.entered:
-            self.runner.cache.clear(target, row.cached, self.written[target])
+            self.runner.cache.clear(target, row.cached, self.written.get(target, 0))
             self.residents[target] = self.residents[source]
             self.vacate(source, row)
 
@@ -210,6 +220,8 @@ class GenerationLoop:
             self.vacate(slot, row)
             if not row.entered:
                 self.pictures.release(row)
+        if left and not self.busy:
+            self.rest()
         return list(left.values())
 
     def vacate(self, slot: int, row: Row) -> None:
@@ -295,7 +307,7 @@ class GenerationLoop:
         row = self.active[chunk.slot]
         if not row.cached:
             kept = chunk.start if chunk.donor == chunk.slot else 0
-            self.runner.cache.clear(chunk.slot, kept, self.written[chunk.slot])
+            self.runner.cache.clear(chunk.slot, kept, self.written.get(chunk.slot, 0))
             if chunk.start > kept:
                 self.runner.cache.move(chunk.donor, chunk.slot, chunk.start)
             self.residents[chunk.slot], row.cached = row.content, chunk.start

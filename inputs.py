@@ -372,7 +372,7 @@ class Pictures:
     """
 
     def __init__(self, model: Any, share: bool = True):
-        self.model, self.share, self.patches_a_pass = model, share, PATCHES_A_PASS
+        self.model, self.share, self.patches_a_pass = model, share, PATCHES_A_PASS  # which `halve` may change
         self.numbers = itertools.count()
         self.seen: WeakValueDictionary[tuple, Picture] = WeakValueDictionary()  # by fingerprint
 

@@ -35,7 +35,6 @@ from .cuda_graphs import release
 from .decoding import Phase  # noqa: F401
 from .generation import GenerationLoop
 from .inputs import (
-    ROWS_A_STEP,
     LocateAnythingGenerateOutput,
     Pictures,
     check_number,
@@ -318,7 +317,7 @@ class LocateAnythingBatchedForConditionalGeneration(
         *,
         expected: int = sys.maxsize,
         max_batch_rows: int | None = None,
-        most: int = ROWS_A_STEP,
+        most: int = sys.maxsize,
         share_images: bool = True,
         **options: Any,
     ) -> GenerationLoop:
