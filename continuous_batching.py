@@ -28,7 +28,7 @@ EXPECTED_PLACES = 4096  # of a row, to tell how many fit into memory
 logger = logging.get_logger(__name__)
 
 _OPTIONS = {"max_batch_rows", "max_queue_size", "prefill_tokens", "prefill_patches"}
-_OPTIONS |= {"decode_graphs", "compile", "share_images", "share_prefixes"}
+_OPTIONS |= {"decode_graphs", "compile", "share_images", "share_prefixes", "batch_invariant"}
 
 
 class RequestStatus(IntEnum):
@@ -105,7 +105,7 @@ class ContinuousBatchingManager:
         prefill_tokens, prefill_patches: prompt tokens cached and patches encoded between two decode steps, at most, so
             that rows which decode do not wait long for those that enter. A picture cannot be split: a larger one is
             encoded between two steps alone.
-        options: `decode_graphs`, `compile`, `share_images`, `share_prefixes`, as of `generate`.
+        options: `decode_graphs`, `compile`, `batch_invariant`, `share_images`, `share_prefixes`, as of `generate`.
     """
 
     def __init__(
