@@ -441,6 +441,18 @@ def test_no_file_or_address_is_read_for_a_client(server, image):
     server.error(400, path="/v1/locate", json=None, data={"image": image, "queries": "x"}, files={"x": b""})
 
 
+def test_pictures_are_decoded_in_worker_threads(server, monkeypatch):
+    from serving import engine
+
+    threads = []
+    real = engine.decode
+    monkeypatch.setattr(engine, "decode", lambda *args: threads.append(threading.current_thread().name) or real(*args))
+    assert server.post(json=chat("x", "012.png", "044.png", max_tokens=1)).status_code == 200
+    image = uri((PICTURES / "012.png").read_bytes())
+    assert server.post("/v1/locate", json={"image": image, "queries": "x", "max_tokens": 1}).status_code == 200
+    assert [name.startswith("pictures") for name in threads] == [True] * 3
+
+
 def test_a_picture_with_too_many_pixels():
     buffer = io.BytesIO()
     Image.new("1", (3000, 400)).save(buffer, "PNG")
