@@ -10,6 +10,7 @@ import random
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ from serving.app import build_app
 from serving.engine import Engine
 from serving.guard import PatientProtocol
 from serving.images import Limits
+from serving.openai import Choice
 from tests.conftest import CHECKPOINTS, GOLDENS, cases_of, model_of, tokenizer_of
 
 PICTURES = GOLDENS / "shapes" / "images"
@@ -238,6 +240,30 @@ def test_stop_ends_the_answer_before_it(server, stop, stream):
             said, reason = choice["message"]["content"], choice["finish_reason"]
             assert response.json()["usage"]["completion_tokens"] < len(tokenizer_of("shapes")(text)["input_ids"])
     assert (said, reason) == (text[:cut], "stop")
+
+
+def test_a_stop_and_half_a_character_across_tokens_are_not_sent():
+    """Whatever the pieces in which an answer comes: what is sent is what stands before the stop."""
+    draw = random.Random(5)
+    for _ in range(300):
+        text, stops = "".join(draw.choices("abé", k=12)), ["".join(draw.choices("abé", k=3)) for _ in range(2)]
+        ends = [at + len(stop) for stop in stops if (at := text.find(stop)) >= 0]
+        ids = list(text[: min(ends, default=12)].encode())  # the engine ends it at the stop
+        choice = Choice(0, lambda ids: bytes(ids).decode(errors="replace"), stops, logprobs=False)
+        sent, said = "", 0
+        while said < len(ids):
+            said = min(len(ids), said + draw.randint(1, 4))
+            done = said == len(ids)
+            sent += choice.take(
+                SimpleNamespace(
+                    generated_tokens=ids[:said],
+                    logprobs=[0.0] * said,
+                    is_finished=lambda done=done: done,
+                    finish_reason="stop" if ends else "end",
+                )
+            )
+        cut = min((at for at in map(text.find, stops) if at >= 0 and ends), default=12)
+        assert (sent, choice.text) == (text[:cut], text[:cut])
 
 
 def test_an_answer_at_its_limit_says_so(server):
