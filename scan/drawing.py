@@ -41,7 +41,7 @@ def draw(image: Image.Image, detections: Iterable[Detection], colours: dict[str,
     """
     canvas = image.copy() if image.mode == "RGB" else image.convert("RGB")
     pen = ImageDraw.Draw(canvas)
-    width = max(1, round(min(canvas.size) / 300))
+    width = max(1, round(min(canvas.size) / 200))
     found = sorted(detections, key=lambda one: -(one.score or 0.0))
     for one in reversed(found):
         colour = colours.setdefault(one.label, _colour(len(colours)))
