@@ -19,7 +19,7 @@ TYPED := locate.py upload_to_hub.py hub $(wildcard finetune.py serve.py scan ser
 RELEASE := $(if $(filter newest,$(TRANSFORMERS)),--upgrade transformers,transformers==$(TRANSFORMERS))
 DEFAULT := $(if $(filter file,$(origin TRANSFORMERS)),.venv/default,$(VENV))
 
-.PHONY: help demo test test-all coverage lint gpu clean
+.PHONY: help demo demo-model test test-all coverage lint gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make test      set up and run the tests, but for the slow ones   (ARGS='-k assembly' for some)"
 	@echo "make test-all  all tests, with what only they need              (ARGS='-m slow' for the slow ones)"
 	@echo "make coverage  the tests, and what they reach of the code"
+	@echo "make demo-model  the demo's checkpoint, trained anew into demo-model/: hours"
 	@echo "make lint      linter, formatter and type checker"
 	@echo "make gpu       on a CUDA machine: tests and measurements, in benchmarks/gpu-NAME.json"
 	@echo "make clean     remove environments, caches and results"
@@ -34,6 +35,9 @@ help:
 
 demo: $(STAMP)
 	$(BIN)/python locate.py $(ARGS)
+
+demo-model: $(STAMP)
+	$(BIN)/python demo/train.py --out demo-model $(ARGS)
 
 test: $(STAMP)
 	$(PYTEST) $(ARGS)

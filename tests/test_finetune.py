@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor
 
 import finetune
-from scan.records import Detection, Record, Results, claim
+from scan.records import KIND, MANIFEST, RESULTS, Detection, Record
 from tests.conftest import CHECKPOINTS, GOLDENS
 from training.data import answer_of, messages_of, read
 from training.validation import matched
@@ -107,16 +107,15 @@ def test_a_scan(tmp_path, pictures):
     told = {"source": str(pictures / "a.png"), "frame": None, "time": None, "task": "detect", "status": "ok"}
     told |= {"width": 200, "height": 100}
     found = (Detection("cat", 0, box=(100, 50, 120, 80)), Detection("cat", 0, box=(10, 0, 30, 10)))
-    claim(tmp_path / "scan", {"model": "m"})
-    results = Results(tmp_path / "scan")
-    for record in (
+    (tmp_path / "scan").mkdir()
+    (tmp_path / "scan" / MANIFEST).write_text(json.dumps({"kind": KIND}))
+    answers = [
         Record(**told, query="cat", detections=found),
         Record(**{**told, "task": "point"}, query="dog", detections=(Detection("", 0, point=(20, 10)),)),
         Record(**told, query="bird"),
         Record(**{**told, "status": "error", "error": "no picture"}, query="cow"),
-    ):
-        results.write(record)
-    results.close()
+    ]
+    write_lines(tmp_path / "scan" / RESULTS, [record.to_json() for record in answers])
     boxes, points, none, failed = read(tmp_path / "scan", question, "None")
     said = "<ref>cat</ref><box><50><0><150><100></box><box><500><500><600><800></box>"
     assert boxes["conversations"] == turns("detect: cat", said) and boxes["size"] == (200, 100)

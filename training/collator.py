@@ -52,21 +52,18 @@ class MTPCollator:
         inputs = self.processor.apply_chat_template(talks, tokenize=True, return_dict=True, return_tensors=None)
         pairs = zip(records, inputs["input_ids"], strict=True)
         samples = [self.sample(ids, record.get("name", "record")) for record, ids in pairs]
+        fields = {"input_ids": "ids", "position_ids": "positions", "labels": "targets"}
         batch: dict[str, Any] = {
-            "input_ids": torch.tensor([[i for sample in samples for i in sample.ids]]),
-            "position_ids": torch.tensor([[i for sample in samples for i in sample.positions]]),
-            "labels": torch.tensor([[i for sample in samples for i in sample.targets]]),
-            "windows": Pack(samples, self.marks, self.flex),
+            name: torch.tensor([[i for sample in samples for i in getattr(sample, field)]])
+            for name, field in fields.items()
         }
+        batch["windows"] = Pack(samples, self.marks, self.flex)
         if "pixel_values" in inputs:
             return batch | {name: torch.as_tensor(inputs[name]) for name in ("pixel_values", "image_grid_hws")}
         # a picture that counts for none: in every process the same parameters have gradients
         size = self.processor.image_processor.patch_size
-        return batch | {
-            "pixel_values": torch.zeros(4, 3, size, size),
-            "image_grid_hws": torch.tensor([[2, 2]]),
-            "image_flags": torch.tensor([0]),
-        }
+        nothing = {"image_grid_hws": torch.tensor([[2, 2]]), "image_flags": torch.tensor([0])}
+        return {**batch, **nothing, "pixel_values": torch.zeros(4, 3, size, size)}
 
     def sample(self, ids: list[int], name: str, more: int = 0) -> Sample:
         """more: tokens that are not in `ids` yet."""

@@ -17,7 +17,6 @@ import torch
 from configuration import WINDOW
 
 IGNORED = -100  # as target: nothing is to be predicted here
-ANSWER_START = "<|im_start|>assistant\n"
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Marks:
         ids = tokenizer.get_added_vocab()
         if missing := [name for name in names if name not in ids]:
             raise ValueError(f"tokenizer: has no {', '.join(missing)}; expected LocateAnything's.")
-        opening = tokenizer(ANSWER_START, add_special_tokens=False)["input_ids"]
+        opening = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
         return cls(tuple(opening), *(ids[name] for name in names))
 
 

@@ -80,14 +80,9 @@ class Pack:
         rows = tuple(self.places)
         return lambda batch, head, q, k: sees([row[q] for row in rows], [row[k] for row in rows])
 
-    def run(
-        self, model: Any, labels: torch.Tensor | None = None, num_items_in_batch: Any = None, **inputs: Any
-    ) -> Any:
-        """model: the language model. labels: `[1, T]`, aligned. inputs: its ids or embeddings, and positions.
-
-        Returns:
-            A `TrainingOutput`, or without labels the logits of all places, `[1, T, vocabulary]`.
-        """
+    def run(self, model: Any, labels: Any = None, num_items_in_batch: Any = None, **inputs: Any) -> Any:
+        """model: the language model. labels: `[1, T]` long, aligned. inputs: its ids or embeddings, and positions.
+        Returns a `TrainingOutput`, or without labels the logits of all places, `[1, T, vocabulary]`."""
         kept = {name: inputs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")}
         # a dict is transformers' way of saying that masks are made already
         told = {"attention_mask": {"full_attention": None}, "use_cache": False, "windows": self}
@@ -97,12 +92,8 @@ class Pack:
         targets = labels.flatten().to(hidden.device)
         told_at = (targets != IGNORED).nonzero().squeeze(1)
         targets, rows = targets[told_at], hidden[0, told_at]
-        losses = torch.cat(
-            [
-                checkpoint(cross_entropy, head, *chunk, use_reentrant=False)
-                for chunk in zip(rows.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
-            ]
-        )
+        chunks = zip(rows.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+        losses = torch.cat([checkpoint(cross_entropy, head, *chunk, use_reentrant=False) for chunk in chunks])
         loss = losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
         return TrainingOutput(loss, self.parts(losses.detach(), targets, told_at))
 

@@ -17,12 +17,7 @@ def validate(model: Any, processor: Any, records: Sequence[Mapping[str, Any]], *
 
 
 def count(
-    model: Any,
-    processor: Any,
-    records: Sequence[Mapping[str, Any]],
-    modes: Sequence[str] = MODES,
-    rows: int = 16,
-    max_new_tokens: int = 512,
+    model: Any, processor: Any, records: Sequence[Any], modes: Sequence[str] = MODES, rows: int = 16, limit: int = 512
 ) -> dict[str, list[int]]:
     """Asks every question of the records, with the true answers to those before it, greedily.
 
@@ -41,7 +36,7 @@ def count(
         inputs = processor.apply_chat_template([question for question, _ in some], **layout, return_tensors="pt")
         true = found(processor, ["".join(part["text"] for part in answer["content"]) for _, answer in some])
         for mode in modes:
-            settings = {"generation_mode": mode, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+            settings = {"generation_mode": mode, "max_new_tokens": limit, "return_dict_in_generate": True}
             output = model.generate(**inputs.to(model.device), **settings)
             given = found(processor, output)
             right = sum(matched(*pair) for pair in zip(given, true, strict=True))
@@ -60,13 +55,9 @@ def scores(counts: Sequence[float]) -> dict[str, float]:
 
 def found(processor: Any, outputs: Any) -> list[list[tuple[str, list[float]]]]:
     """(label, box or point in fractions of the sides) of each answer."""
-    return [
-        [
-            *zip(row["labels"], row["boxes"].tolist(), strict=True),
-            *zip(row["point_labels"], row["points"].tolist(), strict=True),
-        ]
-        for row in processor.post_process_grounding(outputs)
-    ]
+    rows = processor.post_process_grounding(outputs)
+    pairs = (("labels", "boxes"), ("point_labels", "points"))
+    return [[each for a, b in pairs for each in zip(row[a], row[b].tolist(), strict=True)] for row in rows]
 
 
 def matched(given: Sequence[tuple[str, list[float]]], true: Sequence[tuple[str, list[float]]]) -> int:
