@@ -1,8 +1,7 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """A scan's folder → files that other tools read: COCO, YOLO, Label Studio, CSV, Pascal VOC (docs/scan.md).
 
-From the records and the manifest alone: no picture is opened. All formats call a picture by the same name, that of its
-file below the folder that all pictures lie in; a frame of a video is `video-000012.jpg`.
+No picture is opened. It is called by its path below the folder that all lie in, a video's frame `video-000012.jpg`.
 """
 
 import csv
@@ -25,7 +24,8 @@ from .records import Detection, Record, read_manifest, read_records
 
 Key = tuple[str, int | None]  # source and frame
 ORIGIN = ("source", "frame", "time")
-OURS = ".exported"  # in an exported folder: a digest of what else is in it
+OURS = ".exported"  # in an exported folder: a digest of the rest, but for
+THEIRS = "images"  # the pictures, where somebody puts them there to train
 _json = partial(json.dumps, ensure_ascii=False)
 _is_url = re.compile("data:|.*://").match
 # Without what XML, and some readers of CSV, do not take
@@ -139,19 +139,19 @@ def export(folder: str | Path, formats: Iterable[str]) -> list[Path]:
             FORMATS[target.name](new, data)
             (new / OURS).write_text(_state(new))
             if target.exists():
-                for link in filter(Path.is_symlink, list(target.iterdir())):  # yolo/images may be the user's
-                    link.rename(new / link.name)
+                if os.path.lexists(target / THEIRS):
+                    (target / THEIRS).rename(new / THEIRS)
                 target.rename(Path(scratch, "old"))
             new.rename(target)
     return targets
 
 
 def _state(folder: Path) -> str:
-    """A digest of the names, sizes and times of all that is in a folder."""
+    """A digest of the names, sizes and times of what is exported to a folder."""
     digest = blake2b(digest_size=16)
     for path in sorted(folder.rglob("*")):
-        if path.name != OURS and path.is_file() and not path.is_symlink():
-            told = path.stat()
+        if path.relative_to(folder).parts[0] not in (OURS, THEIRS) and not path.is_dir():
+            told = path.lstat()
             digest.update(os.fsencode(f"{path.relative_to(folder)} {told.st_size} {told.st_mtime_ns}\n"))
     return digest.hexdigest()
 
@@ -202,7 +202,7 @@ def _yolo(folder: Path, data: Dataset) -> None:
                         values += [*middle, 2] if found.point else [0, 0, 0]
                     labels.write(f"{data.categories[name]} {' '.join(f'{value:.6g}' for value in values)}\n")
     names = f"names: {_json(list(map(_legal, data.categories)))}\n"  # YAML has JSON's lists
-    text = "path: .\ntrain: images\nval: images\n" + ("kpt_shape: [1, 3]\n" if data.has_points else "") + names
+    text = "train: images\nval: images\n" + ("kpt_shape: [1, 3]\n" if data.has_points else "") + names
     (folder / "data.yaml").write_text(text, encoding="utf-8")
 
 

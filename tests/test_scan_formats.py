@@ -219,13 +219,18 @@ def test_an_export_is_made_again_until_somebody_changes_it(folder):
         (folder / "yolo").rename(folder / f"moved-{len(list(folder.iterdir()))}")
 
 
-def test_links_beside_an_export_stay(folder):
+def test_pictures_beside_an_export_stay(folder):
     """Training tools look for yolo/images beside yolo/labels."""
     export(folder, ["yolo"])
-    (folder / "yolo" / "images").symlink_to(Path("..", "..", "pictures"))
+    images = folder / "yolo" / "images"
+    images.symlink_to(Path("..", "..", "pictures"))
     export(folder, ["yolo"])
+    assert images.readlink() == Path("..", "..", "pictures")
+    images.unlink()
+    images.mkdir()
+    (images / "a.jpg").write_text("mine")
     export(folder, ["yolo"])
-    assert (folder / "yolo" / "images").readlink() == Path("..", "..", "pictures")
+    assert (images / "a.jpg").read_text() == "mine"
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "empty"])
