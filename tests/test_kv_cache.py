@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from locateanything.decoding import Phase
 from locateanything.kv_cache import KEY_BLOCK, DecodeStep, PrefillStep, PromptChunk, SlotKVCache, State, zeros
+from tests.pretend_device import DEVICE, PretendDevice
 
 PENDING, CACHED = st.integers(1, 6), st.integers(1, 40)
 # committed, cached, drafted, phase
@@ -142,6 +143,23 @@ def test_slots_move_and_clear():
     assert cache.are_finite([(0, 4)]) == {(0, 4): True} and cache.are_finite([]) == {}
     cache.layers[1][0, 3, 1, 0] = torch.nan
     assert cache.are_finite([(0, 3), (0, 4)]) == {(0, 3): True, (0, 4): False}
+
+
+def test_a_move_and_a_clear_are_one_operation_for_all_layers():
+    with PretendDevice() as device:
+        cache = SlotKVCache(slots=2, capacity=8)
+        for layer in range(5):
+            cache.update(torch.ones(5, 2, 1, 4, device=DEVICE), layer, PrefillStep([PromptChunk(1, 0, 5)], DEVICE))
+        device.operations.clear()
+        cache.move(1, 0, 4)
+        cache.clear(1, 2, 5)
+        assert [operation.name for operation in device.operations] == [
+            "_foreach_copy_.default",
+            "_foreach_zero_.default",
+        ]
+        assert [layer[:, :6, 0, 0, 0].tolist() for layer in cache.layers.values()] == [
+            [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]]
+        ] * 5
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 400)), min_size=1, max_size=6))
