@@ -1,10 +1,9 @@
-"""Trains the demo's checkpoint: a LocateAnything of a million parameters, from nothing, on scenes that it draws.
+"""Trains the demo's checkpoint: a LocateAnything of a million parameters, on scenes that it draws.
 
-    python demo/train.py --out DIR [--steps 2200]        (or: make demo-model)
+    python demo/train.py --out DIR [--steps 20000]        (or: make demo-model)
 
-Everything is seeded. The run's state is kept in DIR, and the same command goes on from there; the learning rate is
-constant and falls over the last fifth. Every `--every` steps the model answers scenes it never trains on, and the best
-so far lies in DIR/best, in the official format, as demo/checkpoint is.
+Everything is seeded; the same command goes on from the state in DIR. The learning rate is constant and falls over the
+last fifth. Every `--every` steps the model answers scenes it never trains on; the best so far lies in DIR/best.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ NONE = "none"  # the template's word for nothing found
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "demo-model", help="default demo-model")
-    parser.add_argument("--steps", type=int, default=2200, help="of 12 pictures (default 2200)")
-    parser.add_argument("--every", type=int, default=600, help="steps between two looks (default 600)")
+    parser.add_argument("--steps", type=int, default=20_000, help="of 12 pictures (default 20000)")
+    parser.add_argument("--every", type=int, default=1000, help="steps between two looks (default 1000)")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -58,21 +57,16 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     hidden = model.config.text_config.hidden_size
     model.head = torch.nn.Linear(hidden, len(COLOURS) + 1 + len(SHAPES) + 1 + 4 * hidden)
-    optimiser = {"learning_rate": 2e-3, "adam_beta2": 0.98, "weight_decay": 0.01, "warmup_steps": 100}
-    schedule = {"num_decay_steps": args.steps // 5, "min_lr_ratio": 0.01}
+    told = {"learning_rate": 2e-3, "adam_beta2": 0.98, "weight_decay": 0.01, "warmup_steps": 100, "report_to": []}
+    told |= {"logging_steps": 25, "save_steps": 100, "save_total_limit": 1, "disable_tqdm": True}
     settings = TrainingArguments(
         output_dir=str(args.out / "state"),
         max_steps=args.steps,
         per_device_train_batch_size=12,
-        **optimiser,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs=schedule,
-        logging_steps=25,
-        save_steps=100,
-        save_total_limit=1,
+        lr_scheduler_kwargs={"num_decay_steps": args.steps // 5, "min_lr_ratio": 0.01},
         remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
+        **told,
     )
     data, collator = Questions(processor), Collator(processor, none=NONE)
     trainer = Demo(model=model, args=settings, train_dataset=data, data_collator=collator)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+Things = dict[str, list[list[int]]]  # label → boxes in thousandths
 ROLES = {"human": "user", "gpt": "assistant"}
 _BOX = re.compile(r"<box>(.*?)</box>", re.DOTALL)
 _COORDINATES = re.compile(r"(?:<[0-9]+>){2}|(?:<[0-9]+>){4}")
@@ -132,9 +133,6 @@ def _lines(path: Path, root: Path) -> Iterator[dict[str, Any]]:
                 yield record
             except (ValueError, TypeError) as error:
                 yield {"name": name, "error": str(error)}
-
-
-Things = dict[str, list[list[int]]]  # label → boxes in thousandths
 
 
 def _coco(told: dict[str, Any], root: Path) -> tuple[Iterable[tuple[dict[str, Any], Things]], list[str]]:

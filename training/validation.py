@@ -7,8 +7,7 @@ from typing import Any
 from training.data import messages_of
 
 MODES = ("verified", "hybrid", "fast", "slow")
-IOU = 0.5  # that a box has to reach
-NEAR = 0.05  # of the picture's side: how far off a point may be
+IOU, NEAR = 0.5, 0.05  # what a box has to reach; how far off a point may be, in shares of the picture's sides
 
 
 def validate(model: Any, processor: Any, records: Sequence[Mapping[str, Any]], **told: Any) -> dict[str, dict]:
