@@ -144,9 +144,9 @@ def _empty_box(p: torch.Tensor, roles: TokenRoles) -> tuple[torch.Tensor, torch.
     return _constant(tokens, p.device), holds
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def _constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Copied to the device once, not at every step."""
+    """Copied to the device once, not at every step, and kept: graphs hold its address."""
     return torch.tensor(values, device=device)
 
 

@@ -130,13 +130,13 @@ class ModelRunner:
         """The tokens of rows that take slots, in one copy."""
         width = max(row.committed for row in rows.values())
         lines = [[slot, *row.tokens, *row.tokens[:1] * (width - row.committed)] for slot, row in rows.items()]
-        slots, tokens = self.upload(lines).split([1, width], 1)
+        slots, tokens = self.on_host(lines).to(self.device, non_blocking=True).split([1, width], 1)
         self.tokens[slots[:, 0]] = tokens[:, :1]
         self.tokens[slots[:, 0], :width] = tokens
 
-    def upload(self, lines: list[list[int]]) -> torch.Tensor:
-        """`[n, width]` long, without waiting for what the device does now."""
-        return torch.tensor(lines, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
+    def on_host(self, lines: list[list[int]]) -> torch.Tensor:
+        """`[n, width]` long, from where it is copied without waiting for what the device does now."""
+        return torch.tensor(lines, pin_memory=self.device.type == "cuda")
 
     def prefill(self, chunks: list[PromptChunk], features: list[torch.Tensor], shown: torch.Tensor) -> torch.Tensor:
         """One packed pass over chunks of prompts, behind what their slots hold already.
@@ -211,7 +211,7 @@ class ModelRunner:
         for slot, row in active.items():
             states[slot] = row.state if slot in rows else row.idle
         lines = [[taken, *columns] for taken, columns in zip(chain(order, repeat(0)), states, strict=False)]
-        self.state.copy_(self.upload(lines))
+        self.state.copy_(self.on_host(lines), non_blocking=True)
         return order
 
     def compute(self, shape: Shape) -> torch.Tensor:

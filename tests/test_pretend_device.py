@@ -109,9 +109,9 @@ def test_a_replay_reads_memory_anew_and_asks_python_nothing(device):
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 def test_goldens(golden, graphs, device, monkeypatch):
     captured = with_graphs(device, monkeypatch) if graphs else []
-    batch = on(device, golden, random.Random(golden).sample(cases_of(golden), 12))
+    batch = on(device, golden, random.Random(golden).sample(cases_of(golden), 8))
     assert batch.answers(batch.run(max_batch_rows=7)) == batch.expected()
-    assert len(captured) > 3 if graphs else not captured
+    assert len(captured) > 2 if graphs else not captured
     assert not device.violations and isinstance(batch.model.get_input_embeddings().weight, OnDevice)
 
 
@@ -130,7 +130,7 @@ def test_every_golden(golden, graphs, slots, device, monkeypatch):
     assert slow.answers(slow.run(generation_mode="verified", max_batch_rows=slots)) == slow.expected()
 
 
-RANDOM_BATCHES = [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 300))]
+RANDOM_BATCHES = [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 300))]
 
 
 @pytest.mark.parametrize("seed", RANDOM_BATCHES)
@@ -138,7 +138,7 @@ def test_random_batches_with_graphs(seed, device, monkeypatch):
     with_graphs(device, monkeypatch)
     rng = random.Random(seed)
     name = rng.choice(["shapes", "shapes-early"])
-    cases = rng.choices(cases_of(name), k=rng.choice([2, 3, 5, 8, 13, 24] if seed >= 5 else [2, 3, 5]))
+    cases = rng.choices(cases_of(name), k=rng.choice([2, 3, 5, 8, 13, 24] if seed >= 4 else [2, 3, 5]))
     batch = on(device, name, cases)
     assert batch.answers(batch.run(max_batch_rows=rng.choice([None, 1, 3, 7]))) == batch.expected()
     assert not device.violations
