@@ -99,8 +99,10 @@ def test_names_that_are_no_utf8(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     picture(tmp_path / name)
     (tmp_path / "list").write_bytes(os.fsencode(tmp_path / name) + b"\n")
+    (tmp_path / "list.csv").write_bytes(b"image\n" + os.fsencode(tmp_path / name))
     (walked,), (listed,) = read_items([str(tmp_path)]), read_items(read_list(str(tmp_path / "list")))
-    assert walked == listed and walked.source == str(tmp_path / name)
+    assert [walked] == [listed] == list(read_items([str(tmp_path / "list.csv")]))
+    assert walked.source == str(tmp_path / name)
     assert walked.load().size == (8, 6)
 
 
