@@ -57,8 +57,7 @@ def scenes(count: int, seed: int = 0) -> Iterator[Scene]:
         yield scene(rng)
 
 
-def scene(rng: random.Random, loose: bool = False) -> Scene:
-    """loose: things do not fill their cells, but lie anywhere in them."""
+def scene(rng: random.Random) -> Scene:
     long = SMALLEST * (LARGEST / SMALLEST) ** rng.random()
     width, height = rng.sample([round(long), max(SMALLEST, round(long * rng.uniform(0.6, 1)))], 2)
     grey = rng.choice([230, rng.randint(40, 220)])
@@ -82,14 +81,7 @@ def scene(rng: random.Random, loose: bool = False) -> Scene:
         colour, shape = rng.choice(colours), rng.choice(shapes)
         size = [across * side / cells for side, cells in ((width, columns), (height, rows))]
         left, top = x * width / columns, y * height / rows
-        if loose:
-            sides = [round(min(size) * rng.uniform(0.8, 1))] * 2
-            left = round(left + rng.random() * (size[0] - sides[0]))
-            if shape == "half circle":
-                sides[1] = round(0.6 * sides[1])
-            top = round(top + rng.random() * (size[1] - sides[1]))
-        else:
-            sides = [size[0], size[1] / 2 if shape == "half circle" else size[1]]
+        sides = [size[0], size[1] / 2 if shape == "half circle" else size[1]]
         corners = (left, top, left + sides[0], top + sides[1])
         draw(pen, shape, corners, COLOURS[colour], rng)
         box = tuple(1000 * value / side for value, side in zip(corners, (width, height) * 2, strict=True))

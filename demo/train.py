@@ -34,10 +34,8 @@ from training.validation import validate  # noqa: E402
 
 TEMPLATE = ROOT / "tests" / "goldens" / "shapes" / "checkpoint"  # of the files beside the weights
 TASKS = ("detect", "detect", "detect", "detect", "detect", "ground", "single", "point", "point")
-LOOKING = 1000  # steps in which only the vision tower learns, which costs little
-LOOSE = 16_800  # pictures in which things lie anywhere: edges are learnt there, and later the cells that they fill
 TURNS = 2  # questions on a picture
-PATCHES = 144  # of a picture at most: larger ones are made smaller
+PATCHES = 100  # of a picture at most: larger ones are made smaller
 NONE = "none"  # the template's word for nothing found
 
 
@@ -89,8 +87,6 @@ class Demo(Trainer):
         places = model.get_input_embeddings().weight[first : first + 1001]
         logits = boxes[shown].unflatten(1, (4, -1)) @ places.T
         seen += F.cross_entropy(logits.flatten(0, 1), truth[shown, 2:].flatten())
-        if self.state.global_step < LOOKING:
-            return seen
         return 0.3 * seen + super().compute_loss(model, {**inputs, "visual_features": features}, **told)
 
     def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler:
@@ -133,7 +129,7 @@ class Questions(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(10**9 + index)
-        drawn = scene(rng, loose=index < LOOSE)
+        drawn = scene(rng)
         talk = [turn for _ in range(TURNS) for turn in ask(drawn, rng, self.processor)]
         return {"image": drawn.image, "conversations": talk, "scene": drawn}
 

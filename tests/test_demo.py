@@ -38,7 +38,7 @@ def test_more_words_and_the_others_as_they_were(start):
 def test_a_scene_is_the_same_each_time_and_its_truth_is_asked_for(start):
     model, processor = start
     questions = train.Questions(processor)
-    first, later = questions[0], questions[train.LOOSE]
+    first, later = questions[0], questions[1]
     assert questions[0]["conversations"] == first["conversations"] != later["conversations"]
     batch = train.Collator(processor, none=train.NONE)([first, later])
     tokens = [model.image_token_index == each for each in batch["input_ids"][0].tolist()]
