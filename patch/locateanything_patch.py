@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
-from transformers import PreTrainedModel, StoppingCriteria
+from transformers import GenerationMixin, PreTrainedModel, StoppingCriteria
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 __version__ = "0.2.0"
@@ -197,6 +197,8 @@ def _method_of(name: str, drop_in: Any) -> Any:
         return getattr(batched(self, drop_in), name)(*args, **kwargs)
 
     method.drop_in = drop_in  # type: ignore[attr-defined]
+    # what a pickled model has in its place: pickle finds methods by their names, and 4.57 lacks one of these
+    method.__name__ = name if hasattr(GenerationMixin, name) else "generate"
     return method
 
 
