@@ -504,4 +504,6 @@ def test_many_rows_and_calls_equal_themselves_alone():
     assert one["wrong"] == 0 and one["tokens"] > 400 and len(one["resident"]) > load.MARKS // 2
     many = load.many_calls(model, distinct, alone, calls=20, seed=3)
     assert many["wrong"] == 0 and many["rows"] > 20
+    stream = load.streamed(model, distinct, alone, rows=160, slots=8, seed=3)
+    assert stream["wrong"] == 0 and 0 < stream["cancelled"] < 40
     assert max(one["resident"][2:]) - one["resident"][2] < 16 << 20
