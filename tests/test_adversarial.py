@@ -107,10 +107,10 @@ def test_times_that_are_no_numbers(numbers):
 
 def test_very_long_questions():
     question = "red circle " * 20_000
-    ids = PROCESSOR.apply_chat_template(user(image(SMALL), question), tokenize=True, return_dict=True)["input_ids"]
-    assert question in PROCESSOR.tokenizer.decode(ids[0].tolist())
+    inputs = PROCESSOR.apply_chat_template(user(image(SMALL), question), tokenize=True, return_dict=True)
+    assert question in PROCESSOR.tokenizer.decode(inputs["input_ids"][0].tolist())
     with pytest.raises(ValueError, match=r"row 0: its prompt has \d+ tokens, at or over the length limit of 4096"):
-        model_of("shapes").generate(input_ids=ids)
+        model_of("shapes").generate(**inputs)
 
 
 # ---------------------------------------------------------------------------------------------- generate

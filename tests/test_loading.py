@@ -177,7 +177,11 @@ FORBIDDEN_ATTRIBUTES = {
     *("write_text", "write_bytes", "touch", "chmod", "environ", "getenv", "putenv", "load_library", "torch_load"),
 }
 ALLOWED_OPENS = ("Image.open(", 'path.open("rb")', '(folder / shard).open("rb")')
-ALLOWED_AT_CALL_TIME = {"from peft import LoraConfig, get_peft_model"}  # by the caller's own wish
+ALLOWED_AT_CALL_TIME = {
+    "from peft import LoraConfig, get_peft_model",  # by the caller's own wish
+    "from torch.nn.attention.varlen import varlen_attn",  # where torch has it
+}
+ALLOWED_ATTRIBUTES = {"self.waiting.remove"}  # of a deque
 
 
 @pytest.mark.parametrize("path", sorted(remote_code_files()), ids=str)
@@ -188,7 +192,7 @@ def test_remote_code_is_inert(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS:
             wrong.append(ast.unparse(node))
         if isinstance(node, ast.Attribute) and node.attr in FORBIDDEN_ATTRIBUTES:
-            wrong.append(ast.unparse(node))
+            wrong += {ast.unparse(node)} - ALLOWED_ATTRIBUTES
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".open"):
             call = ast.unparse(node).replace("'", '"')
             wrong += [] if call.startswith(ALLOWED_OPENS) else [call]

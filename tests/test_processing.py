@@ -797,9 +797,9 @@ def test_nothing_is_said_on_load(folder, options):
         text=True,
         check=False,
     )
-    said = [
-        line for line in run.stderr.splitlines() if "`use_fast` parameter is deprecated" not in line
-    ]  # the caller's
+    # the caller's, and torchao's where it is installed
+    let_be = ("`use_fast` parameter is deprecated", "torchao", "_pytree.py", "warnings.warn")
+    said = [line for line in run.stderr.splitlines() if line.strip() and not any(map(line.__contains__, let_be))]
     assert run.returncode == 0 and run.stdout == "" and said == [], run.stderr
 
 

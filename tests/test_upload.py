@@ -175,7 +175,7 @@ def test_pull_request_changes_code_and_auto_maps_only(hub, script, published, va
     before, after = repo.files(), repo.files(f"refs/pr/{number}")
     code = code_files() if variant == "processor" else code_files(MODEL_ENTRIES)
     assert after.keys() == before.keys() | code.keys() and code.items() <= after.items()
-    assert len(code) <= (13 if variant == "processor" else 10)
+    assert len(code) <= (17 if variant == "processor" else 14)
     changed = {name for name in before if before[name] != after[name]}
     processors = {"preprocessor_config.json", "processor_config.json"} if variant == "processor" else set()
     assert changed == {"config.json"} | processors
