@@ -456,17 +456,16 @@ def _answers(
                 except Exception as error:
                     if manager._closed:
                         raise
-                    text = f"{type(error).__name__}: {error}"
-                    output = GenerationOutput(row["request_id"], error=text, finish_reason="error")
-                    output.status = RequestStatus.FAILED
-                    said.put(output)
+                    told = {"error": f"{type(error).__name__}: {error}", "finish_reason": "error"}
+                    said.put(GenerationOutput(row["request_id"], **told, status=RequestStatus.FAILED))
         except BaseException as error:
             end = error
         manager.stop()  # what was added is answered first
         said.put(manager._error or end)
 
     manager.start()
-    threading.Thread(target=feed, name="rows", daemon=True).start()
+    feeder = threading.Thread(target=feed, name="rows", daemon=True)
+    feeder.start()
     try:
         while (output := said.get()) is not None:
             if isinstance(output, BaseException):
@@ -477,3 +476,4 @@ def _answers(
     finally:
         manager.stop(hard_stop=True)
         places.release()  # for the thread to see it
+        feeder.join(1)  # one that frees tensors while the interpreter ends aborts the process

@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import shlex
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,21 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote
 
+
+def _leave(*_: Any) -> None:
+    """Ctrl-C before anything is written (transformers would take it for a missing package), and a second one."""
+    os._exit(130)
+
+
+def _interrupt(*_: Any) -> None:
+    """The first Ctrl-C while results are written."""
+    signal.signal(signal.SIGINT, _leave)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _leave)
+
 REMEDY = "It runs in the environment that `make demo` makes: source .venv/default/bin/activate"
 try:
     from tqdm.auto import tqdm
@@ -26,7 +42,7 @@ try:
     from hub.loading import ModelError, load
     from scan.formats import FORMATS, export
     from scan.records import MANIFEST, RESULTS, Record, Results, check, read_manifest, read_records
-    from scan.sources import LISTS, SEPARATOR, estimate, natural, read_list, suffix_of
+    from scan.sources import LISTS, SEPARATOR, estimate, name_of, natural, read_list, suffix_of
 except ImportError as missing:
     sys.exit(f"locate.py: {missing}. {REMEDY}")
 
@@ -54,14 +70,17 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments, those of the process by default.
 
     Returns:
-        The exit code: 0; 1 if a question failed or the scan had to stop; 130 if it was interrupted.
+        The exit code: 0; 1 if a question failed or the scan had to stop; 2 if the processor
+        refuses a query; 130 if it was interrupted.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal may know fewer letters than labels and file names have
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     parser = _parser()
     args = parser.parse_args(argv)
-    later = not (args.sources or args.list) and (args.format or args.draw) and (args.out / MANIFEST).is_file()
+    later = not (args.sources or args.list) and (args.format or args.draw)
     try:
+        if later and not (args.out / MANIFEST).is_file():
+            raise ValueError(f"--out: {args.out} is no scan's folder, and no SOURCE is given")
         if not later:
             manifest = _manifest(args)
             check(args.out, manifest, restart=args.restart)
@@ -70,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     again = shlex.join([*(["python", sys.argv[0]] if argv is None else ["locate.py"]), *(argv or sys.argv[1:])])
     kept = f"what is answered is kept in {args.out}. To go on: {again.replace(' --restart', '')}"
     try:
-        return finish(args.out, args.format, draw=args.draw) if later else run(args, manifest)
+        return finish(args) if later else run(args, manifest)
     except KeyboardInterrupt:
         _complain(f"interrupted; {kept}")
         return 130
@@ -86,7 +105,7 @@ def run(args: argparse.Namespace, manifest: dict[str, Any]) -> int:
     import torch  # here and not above, for --help and usage errors
     import transformers
 
-    from scan.workers import revision_of, scan
+    from scan.workers import Interviewer, revision_of, scan
 
     if args.model is None and (args.sources or args.list):
         _complain("no --model: the demo checkpoint answers, which knows coloured shapes only")
@@ -99,27 +118,36 @@ def run(args: argparse.Namespace, manifest: dict[str, Any]) -> int:
         loading["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     if args.ray is None:  # else the actors load it
         asked["model"], asked["processor"] = load(manifest["model"], **loading)
+        try:
+            Interviewer(asked["processor"], settings["queries"], settings["task"])
+        except ValueError as error:
+            _complain(f"--query: {error}")
+            return 2
     manifest["versions"] = {each.__name__: each.__version__ for each in (torch, transformers)}
     manifest["revision"] = revision_of(manifest["model"])
+    if old := [name for name in ("drawn", *FORMATS) if args.restart and (args.out / name).exists()]:
+        _complain(f"{', '.join(old)} in {args.out}: of the scan before, but for what this one writes anew")
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, _interrupt)
     results = Results(args.out, manifest, process, processes, retry_failed=args.retry_failed, restart=args.restart)
     asked["done"] = results.done
     try:
         if args.ray is None:
-            answers = scan(_sources(manifest), process=process, processes=processes, **asked)
+            answers = scan(_sources(args, manifest), process=process, processes=processes, **asked)
         else:
             from scan.ray import scan_on_ray
 
             asked |= {"model": manifest["model"], "loading": loading, "address": args.ray}
-            answers = scan_on_ray(_sources(manifest), **asked)
+            answers = scan_on_ray(_sources(args, manifest), **asked)
         seen = {hash((record.source, record.frame)) for record in read_records(args.out)}
         bar = tqdm(unit=" pictures", initial=len(seen) // processes, delay=0.5, disable=process > 0)
         with closing(answers), bar:
-            Thread(target=_count, args=(bar, manifest, processes), daemon=True).start()
+            Thread(target=_count, args=(bar, args, manifest, processes), daemon=True).start()
             tell(answers, results, seen, bar)
     finally:
         whole = results.close()
     # Of several processes the last one to end tells; another exit code of an earlier one would end the others
-    code = finish(args.out, args.format, draw=args.draw) if whole else 0
+    code = finish(args) if whole else 0
     if not (args.sources or args.list):
         print(f"\n{GO_ON}")
     return code
@@ -135,24 +163,25 @@ def tell(answers: Iterable[Record], results: Results, seen: set[int], bar: tqdm)
             errors += 1
             if errors <= TOLD_ERRORS:
                 more = " (further errors are in the results only)" if errors == TOLD_ERRORS else ""
-                _complain(f"{record.source}, query {record.query!r}: {record.error}{more}")
+                _complain(f"{record.source}, query {record.query!r:.80}: {record.error}{more}")
         if (picture := hash((record.source, record.frame))) not in seen:
             seen.add(picture)
             bar.update()
             bar.set_postfix(boxes=boxes, errors=errors, refresh=False)
 
 
-def finish(out: Path, formats: Sequence[str], *, draw: bool) -> int:
+def finish(args: argparse.Namespace) -> int:
     """Exports, draws and sums up what a scan's folder holds. Returns the exit code."""
     from scan.workers import draw_pictures
 
-    export(out, formats)
+    out = args.out
+    export(out, args.format)
     manifest = read_manifest(out)
     video = {name: manifest["settings"][name] for name in ("fps", "every")}
-    sources: Iterable[str] = _sources(manifest)
+    sources: Iterable[str] = _sources(args, manifest)
     if "-" in manifest["sources"]:  # the standard input is read only once
         sources = dict.fromkeys(record.source for record in read_records(out))
-    drawn = Counter(draw_pictures(out, sources, most=None if draw else FEW, **video))
+    drawn = Counter(draw_pictures(out, sources, most=None if args.draw else FEW, **video))
     for error in islice(filter(None, drawn), TOLD_ERRORS):
         _complain(error)
     if 0 < len(few := list(islice(read_records(out), TABLE + 1))) <= TABLE:
@@ -166,7 +195,7 @@ def finish(out: Path, formats: Sequence[str], *, draw: bool) -> int:
     print(aligned(["query", "pictures", "with it", "found", "cut off", "failed"], lines))
     if len(sums) > TABLE:
         print(f"… and {len(sums) - TABLE} more queries")
-    print(f"\n{out / RESULTS} has a line for each answer; {out / 'drawn'} has {drawn[None]} pictures with boxes.")
+    print(f"\n{out / RESULTS} has a line for each answer; drawn, in {out / 'drawn'}: {drawn[None]}.")
     if not sums:
         _complain("the sources have no pictures")
     return 1 if not sums or any(numbers[-1] for numbers in sums.values()) else 0
@@ -269,6 +298,8 @@ def _manifest(args: argparse.Namespace) -> dict[str, Any]:
     queries = list(dict.fromkeys(query.strip() for line in lines for query in line.split(SEPARATOR)))
     if "" in queries:
         raise ValueError("--query: got an empty text, expected a description such as 'red circle'")
+    if broken := [query for query in queries if query != query.encode(errors="replace").decode()]:
+        raise ValueError(f"--query: got {broken[0]!r:.80}, expected UTF-8")
     next(read_list(args.list), None) if args.list else None  # or it is not there
     lists = args.list or any(source == "-" or suffix_of(source) in LISTS for source in sources)
     if own and not queries and args.task != "text" and not lists:
@@ -284,11 +315,12 @@ def _manifest(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--out: {args.out} would take results where {source} is, expected another folder")
     settings = {name: value for name, value in vars(args).items() if name not in HOW}
     settings["queries"] = queries or ([] if own or args.task == "text" else DEMO_QUERIES)
-    return {"model": args.model or str(DEMO_MODEL), "sources": sources, "settings": settings}
+    # The names of the sources, as URLs hold credentials
+    return {"model": args.model or str(DEMO_MODEL), "sources": [*map(name_of, sources)], "settings": settings}
 
 
-def _sources(manifest: dict[str, Any]) -> Iterator[str]:
-    yield from manifest["sources"]
+def _sources(args: argparse.Namespace, manifest: dict[str, Any]) -> Iterator[str]:
+    yield from args.sources or manifest["sources"]
     if manifest["settings"]["list"]:
         yield from read_list(manifest["settings"]["list"])
 
@@ -298,12 +330,12 @@ def _process() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _count(bar: tqdm, manifest: dict[str, Any], processes: int) -> None:
+def _count(bar: tqdm, args: argparse.Namespace, manifest: dict[str, Any], processes: int) -> None:
     """Finds, beside the scan, how many pictures there will be, where that can be known."""
     if "-" not in manifest["sources"]:
         with suppress(Exception):  # the scan tells what is wrong with a source
             video = {name: manifest["settings"][name] for name in ("fps", "every")}
-            bar.total = estimate(_sources(manifest), **video) // processes
+            bar.total = estimate(_sources(args, manifest), **video) // processes
 
 
 def _complain(message: str) -> None:

@@ -55,15 +55,15 @@ class Dataset:
         manifest = read_manifest(folder)
         self.folder, self.model = Path(folder), str(manifest["model"])
         self._queries = list(manifest["settings"].get("queries") or ())
-        self._answers: Counter[Key] = Counter()
+        self.answers: Counter[Key] = Counter()
         self.has_points, names = False, set[str]()
         for record in read_records(folder):
             if record.status == "ok":
-                self._answers[record.source, record.frame] += 1
+                self.answers[record.source, record.frame] += 1
                 names.update(self._category(record, found) for found in record.detections)
                 self.has_points |= any(found.point for found in record.detections)
         self.categories = {name: i for i, name in enumerate([*self._queries, *sorted(names - {*self._queries})])}
-        keys = sorted(self._answers, key=lambda key: (key[0], key[1] or 0))
+        keys = sorted(self.answers, key=lambda key: (key[0], key[1] or 0))
         try:
             self.root = os.path.commonpath({os.path.dirname(source) for source, _ in keys if not _is_url(source)})
         except ValueError:  # no files, or paths of several kinds
@@ -72,7 +72,7 @@ class Dataset:
 
     def pictures(self) -> Iterator[Picture]:
         """In the order in which their last questions were answered."""
-        missing, begun = dict(self._answers), dict[Key, Picture]()
+        missing, begun = dict(self.answers), dict[Key, Picture]()
         for record in read_records(self.folder):
             key = record.source, record.frame
             if record.status == "ok" and missing.get(key):  # else a scan that still runs has answered meanwhile

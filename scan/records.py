@@ -7,7 +7,9 @@ line, docs/scan.md the folder.
 """
 
 import json
+import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -20,6 +22,7 @@ except ImportError:  # Windows: two scans at once into one folder are not notice
     fcntl = None  # type: ignore[assignment]
 
 RESULTS, MANIFEST, LOCK = "results.jsonl", "manifest.json", ".lock"
+MERGING = 60.0  # seconds that a process waits for another one to merge
 KIND = "locateanything-scan"  # tells our manifest.json from everybody else's
 
 
@@ -69,8 +72,8 @@ class Record:
     id: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields in order, as JSON has them."""
-        return {**asdict(self), "detections": [_listed(found) for found in self.detections]}
+        """The fields in order; tuples are lists in JSON."""
+        return asdict(self)
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "Record":
@@ -109,6 +112,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise ValueError(f"{path}: is not the manifest of a scan.")
     return manifest
+
+
+def detections(found: Mapping[str, Any], class_id: int) -> Iterator[Detection]:
+    """Boxes, then points, of a picture's `post_process_grounding`. class_id: of the labels that are no query."""
+    for kind, places, prefix in (("box", "boxes", ""), ("point", "points", "point_")):
+        own = found.get(f"{prefix}class_ids", [-1] * len(found[places]))
+        columns = (found[name].tolist() for name in (places, f"{prefix}scores", f"{prefix}label_scores"))
+        for label, number, at, *scores in zip(found[f"{prefix}labels"], map(int, own), *columns, strict=True):
+            score, label_score = (None if math.isnan(score) else round(score, 4) for score in scores)
+            place: dict[str, Any] = {kind: tuple(round(side, 2) for side in at)}
+            yield Detection(label, class_id if number == -1 else number, **place, score=score, label_score=label_score)
 
 
 def check(folder: Path, manifest: Mapping[str, Any], *, restart: bool = False) -> None:
@@ -167,7 +181,8 @@ class Results:
         self.path = self.folder / (RESULTS if processes == 1 else f"results-{process}.jsonl")
         self._lock: BinaryIO = open(self.folder / LOCK, "ab")  # noqa: SIM115, closed in `close`
         try:
-            _hold(self._lock, shared=processes > 1)
+            # Another of the processes, one that had little left to ask, may be merging already
+            _hold(self._lock, shared=processes > 1, patience=MERGING * (processes > 1))
             if restart or not (self.folder / MANIFEST).exists():
                 scratch = self.folder / f".{MANIFEST}.{os.getpid()}"
                 text = json.dumps({"kind": KIND, **manifest}, indent=2, ensure_ascii=False)
@@ -239,10 +254,17 @@ def _lines(path: Path) -> Iterator[bytes]:
         yield from (line for line in file if line.endswith(b"\n"))
 
 
-def _hold(file: BinaryIO, shared: bool = False) -> None:
-    """Locks a file until it is closed, or raises BlockingIOError."""
-    if fcntl:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+def _hold(file: BinaryIO, shared: bool = False, patience: float = 0.0) -> None:
+    """Locks a file until it is closed, or raises BlockingIOError after `patience` seconds."""
+    end = time.monotonic() + patience
+    while fcntl:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)
 
 
 def _answers(folder: Path) -> Iterator[tuple[bytes, bytes]]:
@@ -263,10 +285,6 @@ def _answers(folder: Path) -> Iterator[tuple[bytes, bytes]]:
         for place, line in enumerate(_lines(path)):
             if (number, place) in chosen:
                 yield chosen[number, place], line
-
-
-def _listed(found: Detection) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(found).items()}
 
 
 def _detection(found: Mapping[str, Any]) -> Detection:

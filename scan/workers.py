@@ -1,8 +1,8 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """Items → questions → rows, read and preprocessed by threads ahead of the engine; its outputs → records."""
 
-import math
 import os
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from .records import Detection, Record, key_of
+from .records import Detection, Record, detections, key_of
 from .sources import SEPARATOR, Item, read_items
 
 TOGETHER = 8  # questions about a picture in one call of the processor, which holds its patches as many times
@@ -64,7 +64,8 @@ class Interviewer:
         self.processor, self.queries, self.task = processor, tuple(queries), task
         self.threshold, self.mode = threshold, mode
         for query in self.queries:
-            processor.build_question(task, query)
+            text = {"type": "text", "text": processor.build_question(task, query)}
+            processor.apply_chat_template([{"role": "user", "content": [text]}], tokenize=False)
 
     def questions(self, item: Item) -> list[Question]:
         if item.prompt is not None:
@@ -96,6 +97,7 @@ class Interviewer:
             begin, end = output.lifespan
             told |= {"finish_reason": output.finish_reason, "seconds": None if begin < 0 else round(end - begin, 4)}
         if error is not None:
+            error = re.sub(r"^(ValueError: |row 0: |images\[0\]\[0\]: )+", "", error)  # it is the only one
             return Record(**{**told, "finish_reason": "error"}, status="error", error=error)
         (found,) = self.processor.post_process_grounding(
             [output],
@@ -105,8 +107,7 @@ class Interviewer:
         )
         # a label that is no query answers the one that was asked
         own = question.classes.index(question.query) if question.query in question.classes else -1
-        detections = (*_detections(found, "boxes", "", own), *_detections(found, "points", "point_", own))
-        return Record(**told, status="ok", detections=detections)
+        return Record(**told, status="ok", detections=tuple(detections(found, own)))
 
     def _rows(self, image: Any, questions: Sequence[Question]) -> Iterator[Prepared]:
         try:
@@ -227,13 +228,8 @@ def scan(
 
 def ahead(pool: ThreadPoolExecutor, function: Callable, calls: Iterable[tuple], *, depth: int) -> Iterator[Any]:
     """The results of a function as they are ready, with at most `depth` calls under way or not taken yet."""
-    running: set[Future] = set()
-    for call in calls:
-        running.add(pool.submit(function, *call))
-        if len(running) == depth:
-            ready, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in ready)
-    while running:
+    calls, running = iter(calls), set[Future]()
+    while running := running | {pool.submit(function, *call) for call in islice(calls, depth - len(running))}:
         ready, running = wait(running, return_when=FIRST_COMPLETED)
         yield from (future.result() for future in ready)
 
@@ -247,24 +243,32 @@ def draw_pictures(
         For each picture with an answer None, or why it is not drawn.
     """
     from .drawing import draw  # here and not above, as a scan that is a library need not draw
-    from .formats import Dataset
+    from .formats import Dataset, Picture
 
     items: Iterable[Item] = read_items(sources, fps=fps, every=every)
     if most is not None:
         items = list(islice(items, most))
-    wanted = None if most is None else {(item.source, item.frame) for item in items}
     data, colours = Dataset(folder), dict[str, Any]()
     # Each category has its colour before threads ask for them
     draw(Image.new("RGB", (1, 1)), (Detection(name, 0, point=(0.0, 0.0)) for name in data.categories), colours)
-    pictures = (((one.origin["source"], one.origin["frame"]), one) for one in data.pictures())
-    found = {key: picture for key, picture in pictures if wanted is None or key in wanted}
-    work = ((item, found.pop(key)) for item in items if (key := (item.source, item.frame)) in found)
+    left = set(data.answers) if most is None else {(item.source, item.frame) for item in items} & data.answers.keys()
 
-    def one(item: Item, picture: Any) -> str | None:
+    def work() -> Iterator[tuple[Item, Picture]]:
+        """Answers come almost in the order of the pictures: those that come before their pictures wait for them."""
+        waiting, pictures = dict[Any, Picture](), data.pictures()
+        for item in items:
+            if (key := (item.source, item.frame)) in left:
+                while key not in waiting:
+                    picture = next(pictures)
+                    if (name := (picture.origin["source"], picture.origin["frame"])) in left:
+                        waiting[name] = picture
+                left.remove(key)
+                yield item, waiting.pop(key)
+
+    def one(item: Item, picture: Picture) -> str | None:
         path = folder / "drawn" / picture.file_name
-        path = (
-            path if path.suffix.lower() in (".bmp", ".jpeg", ".jpg", ".webp") else path.with_name(f"{path.stem}.png")
-        )
+        if path.suffix.lower() not in (".bmp", ".jpeg", ".jpg", ".webp"):
+            path = path.with_suffix(".png")
         scratch = path.with_name(f".{path.name}")
         try:
             if isinstance(item.image, str) and os.path.realpath(item.image) == os.path.realpath(path):
@@ -278,7 +282,7 @@ def draw_pictures(
         return None
 
     with ThreadPoolExecutor(WORKERS, "draw") as pool:
-        yield from ahead(pool, one, work, depth=2 * WORKERS)
+        yield from ahead(pool, one, work(), depth=2 * WORKERS)
 
 
 def revision_of(model: str) -> str | None:
@@ -298,24 +302,3 @@ def revision_of(model: str) -> str | None:
                 file.seek(size * part // 64)
                 digest.update(file.read(4096))
     return digest.hexdigest()
-
-
-def _detections(found: dict[str, Any], kind: str, prefix: str, own: int) -> Iterator[Detection]:
-    names = ("labels", "scores", "label_scores", "class_ids")
-    places = found[kind].tolist()
-    columns = [found.get(prefix + name, [None] * len(places)) for name in names]
-    lists = [column if isinstance(column, list) else column.tolist() for column in columns]
-    for place, label, score, label_score, class_id in zip(places, *lists, strict=True):
-        at = tuple(round(value, 2) for value in place)
-        yield Detection(
-            label,
-            own if class_id in (None, -1) else class_id,
-            at if len(at) == 4 else None,
-            at if len(at) == 2 else None,
-            _rounded(score),
-            _rounded(label_score),
-        )
-
-
-def _rounded(score: float | None) -> float | None:
-    return None if score is None or math.isnan(score) else round(score, 4)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria
 
-from scan.records import Detection
+from scan.records import detections
 
 from .images import Limits, decode, read
 from .openai import APIError
@@ -180,14 +180,7 @@ class Engine:
     def detections(self, output: Any, size: tuple[int, int], class_id: int) -> list[dict[str, Any]]:
         """What an output has found in a picture of `size` (width, height), as JSON: its boxes, then its points."""
         [row] = self.processor.post_process_grounding([output], target_sizes=[size[::-1]])
-        found = []
-        for kind, places, prefix in (("box", "boxes", ""), ("point", "points", "point_")):
-            columns = row[places], row[f"{prefix}scores"], row[f"{prefix}label_scores"]
-            for label, at, *scores in zip(row[f"{prefix}labels"], *(c.tolist() for c in columns), strict=True):
-                place = {kind: tuple(round(side, 2) for side in at)}
-                score, label_score = (round(score, 4) for score in scores)
-                found.append(asdict(Detection(label, class_id, score=score, label_score=label_score, **place)))
-        return found
+        return [asdict(found) for found in detections(row, class_id)]
 
 
 class Job:

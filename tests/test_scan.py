@@ -1,9 +1,11 @@
 """scan() and locate.py: sources to records to a folder, on the demo checkpoint, and everything that goes wrong."""
 
+import gc
 import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +15,10 @@ import pytest
 from PIL import Image
 
 import locate
-from scan import sources
-from scan.records import Results, read_manifest, read_records
-from scan.workers import scan
+from scan import drawing, sources
+from scan.formats import Picture
+from scan.records import Detection, Record, Results, read_manifest, read_records
+from scan.workers import draw_pictures, scan
 
 from .conftest import CHECKPOINTS, model_of, tokenizer_of
 
@@ -87,6 +90,12 @@ def assert_answers_like_the_stock(record, golden, kind):
 # ---- as a library
 
 
+def test_a_query_that_the_processor_refuses_is_refused_before_the_scan(loaded):
+    model, processor = loaded
+    with pytest.raises(ValueError, match="im_end"):
+        next(scan([PICTURES / "000.png"], ["<|im_end|>"], model=model, processor=processor))
+
+
 def test_scan_answers_as_the_stock_does(loaded):
     model, processor = loaded
     found = list(
@@ -137,8 +146,10 @@ def test_a_bad_question_or_picture_fails_alone(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(sources.Item, "load", lambda item: 1 / 0 if "crash" in item.source else load(item))
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 1024)
     names = ["broken.png", "too-wide.png", "absent.png", "too-long.png", "crash.png"]
-    queries = [QUERIES[0], "a <|im_start|>user"]
-    everything = [*(str(tmp_path / name) for name in names), str(PICTURES / TRIANGLES[0]), "nothing*.png"]
+    line = {"image": str(PICTURES / TRIANGLES[0]), "query": [QUERIES[0], "a <|im_start|>user"]}
+    (tmp_path / "list.jsonl").write_text(json.dumps(line))
+    everything = [*(str(tmp_path / name) for name in [*names, "list.jsonl"]), "nothing*.png"]
+    queries = [QUERIES[0], "b"]
     found = list(scan(everything, queries, model=model, processor=processor, max_new_tokens=256))
     answers = {(Path(record.source).name, record.query): record for record in found}
     assert len(answers) == len(found) == 14
@@ -147,7 +158,8 @@ def test_a_bad_question_or_picture_fails_alone(loaded, tmp_path, monkeypatch):
     for name, told in zip(
         [*names, TRIANGLES[0]], ["read", "9000", "no such file", "1024", "zero", "im_start"], strict=True
     ):
-        assert told in answers[name, queries[-1 if name == TRIANGLES[0] else 0]].error
+        error = answers[name, "a <|im_start|>user" if name == TRIANGLES[0] else queries[0]].error
+        assert told in error and "images[0]" not in error and "row 0" not in error
     assert answers["too-long.png", queries[0]].width == 1400
 
 
@@ -228,6 +240,64 @@ def test_exports_any_time_later(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run("--format", "csv,png")
     assert "got 'png'" in capsys.readouterr().err
+
+
+def test_a_query_of_marks_is_a_usage_error(run, capsys):
+    assert run(PICTURES / "000.png", PICTURES / "001.png", *asking("red circle", "<|im_end|>")) == (2, [])
+    assert not Path("out").exists()
+    assert capsys.readouterr().err.count("<|im_end|>") == 1
+
+
+def test_credentials_of_sources_stay_in_the_command_line(run, monkeypatch):
+    """The picture is opened with them, and drawn; later it cannot be, as nothing keeps them."""
+    with Image.open(PICTURES / POINT[0]) as picture:
+        picture.load()
+    opened = []
+    monkeypatch.setattr("image_processing.load_image", lambda image, **_: (opened.append(image), picture)[1])
+    url = "http://user:SECRET@host/x.png?token=SECRET"
+    code, (record,) = run(url, *asking("red circle"))
+    assert code == 0 and set(opened) == {url} and record.source.startswith("http://host/x.png#")
+    assert not any(b"SECRET" in path.read_bytes() for path in Path("out").rglob("*") if path.is_file())
+    drawn = list(Path("out/drawn").iterdir())
+    assert len(drawn) == 1
+    assert run(url, *asking("red circle")) == (0, [record])
+    drawn[0].unlink()
+    assert run("--format", "csv")[0] == 0
+    assert not list(Path("out/drawn").iterdir()) and set(opened) == {url}
+
+
+def test_of_a_scan_before_what_was_exported_and_drawn_is_told(run, capsys):
+    picture = PICTURES / POINT[0]
+    assert run(picture, *asking("red circle"), "--format", "csv,coco")[0] == 0
+    assert "before" not in capsys.readouterr().err
+    assert run(picture, *asking("blue triangle"), "--restart", "--format", "csv")[0] == 0
+    assert "drawn, coco, csv in out: of the scan before" in capsys.readouterr().err
+
+
+def test_drawing_holds_few_answers(tmp_path, monkeypatch):
+    """Each picture's answers are read when its turn has come, whatever some pictures have none."""
+    manifest = {"model": "m", "sources": ["a"], "settings": {"queries": ["q"]}}
+    results, paths = Results(tmp_path / "out", manifest), [str(tmp_path / f"{number}.png") for number in range(300)]
+    Image.new("RGB", (8, 8)).save(paths[0])
+    for number, path in enumerate(paths):
+        Path(path).hardlink_to(paths[0]) if number else None
+        found = (Detection("q", 0, (1.0, 1.0, 5.0, 5.0)),)
+        if number % 10:
+            results.write(Record(path, None, None, "q", "detect", "ok", None, 8, 8, found))
+        else:
+            results.write(Record(path, None, None, "q", "detect", "error", "broken"))
+    results.close()
+    held, draw = [], drawing.draw
+
+    def counting(image, detections, colours):
+        if image.size != (1, 1) and len(held) < 20:
+            held.append(sum(type(one) is Picture for one in gc.get_objects()))
+        return draw(image, detections, colours)
+
+    monkeypatch.setattr(drawing, "draw", counting)
+    assert list(draw_pictures(tmp_path / "out", [*paths, paths[1]])) == [None] * 270
+    assert len(held) >= 20 and max(held) < 60
+    assert len(list((tmp_path / "out" / "drawn").iterdir())) == 270
 
 
 def test_paths_from_the_standard_input(run, monkeypatch, capsys):
@@ -312,6 +382,9 @@ def test_an_engine_that_dies_fails_no_question(run, loaded, monkeypatch, capsys)
         (["--fps", "inf", "v.mp4"], "got 'inf', expected a number"),
         (["--queries", "absent.txt"], "absent.txt"),
         (["--list", "absent.txt", "--query", "x"], "absent.txt"),
+        (["--query", "a\udcff"], "--query: got 'a\\udcff', expected UTF-8"),
+        (["--out", "nowhere", "--format", "coco"], "--out: nowhere is no scan's folder"),
+        (["--out", "nowhere", "--draw"], "--out: nowhere is no scan's folder"),
         (["--out", __file__], "out: "),
         (["--format", "png"], "got 'png', expected some of"),
     ],
@@ -432,6 +505,20 @@ def test_help_is_quick_and_needs_no_clone_as_working_folder(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == code
         assert not any(line.split("|")[-1].strip() in ("torch", "ray", "av") for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize("importing", ["tqdm", "torch"])
+def test_ctrl_c_while_it_imports(tmp_path, importing):
+    """transformers takes it for a missing package."""
+    (tmp_path / importing).mkdir()
+    slow = "try: print('here', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: raise ImportError('half')"
+    (tmp_path / importing / "__init__.py").write_text(f"import time\n{slow}")
+    command = [sys.executable, str(PROJECT / "locate.py"), "--out", str(tmp_path / "out")]
+    given = {"env": {**os.environ, "PYTHONPATH": str(tmp_path)}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **given) as process:
+        assert process.stdout.readline() == b"here\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == (b"", b"") and process.returncode == 130
 
 
 @pytest.mark.parametrize("missing", ["huggingface_hub", "PIL", "torch"])

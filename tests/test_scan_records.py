@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -84,6 +85,23 @@ def test_parts_merge_when_the_last_process_ends(tmp_path):
     assert other.close()
     assert [path.name for path in parts(tmp_path)] == ["results.jsonl"]
     assert sorted(record.source for record in read_records(tmp_path)) == [f"{number}.png" for number in range(6)]
+
+
+def test_a_process_that_starts_late_waits_for_another_that_merges(tmp_path, monkeypatch):
+    first = Results(tmp_path, MANIFEST, 0, 2)
+    first.write(RECORD)
+    merge, late = records.merge, []
+
+    def merging(folder):
+        late.append(pool.submit(Results, tmp_path, MANIFEST, 1, 2))
+        with pytest.raises(TimeoutError):
+            late[0].result(timeout=0.2)
+        merge(folder)
+
+    monkeypatch.setattr(records, "merge", merging)
+    with ThreadPoolExecutor() as pool:
+        assert first.close()
+        assert late[0].result().done == {RECORD.key}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 5])

@@ -552,6 +552,18 @@ def test_generate_batch_answers_in_order():
         model_of("shapes").generate_batch([bad, bad])
 
 
+def test_generate_batch_leaves_no_thread_that_holds_rows():
+    """It would free tensors while the interpreter ends, which aborts the process."""
+
+    class Slow(list):
+        def __del__(self):
+            time.sleep(0.3)
+
+    rows = ({"input_ids": Slow([419, 358, 198])} for _ in range(1))
+    assert len(model_of("shapes").generate_batch(rows, max_new_tokens=4)) == 1
+    assert "rows" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_generate_batch_takes_rows_as_places_get_free():
     case, taken = some(1)[0], []
 
