@@ -344,6 +344,8 @@ def _complain(message: str) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        code = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interpreter's end would make it deadly again
+        sys.exit(code)
     except ImportError as missing:  # torch and transformers, which come late
         sys.exit(f"locate.py: {missing}. {REMEDY}")
