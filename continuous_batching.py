@@ -96,7 +96,7 @@ class Request:
 
 class ContinuousBatchingManager:
     """Answers requests in a thread of its own; `model.init_continuous_batching` makes it. All methods may be called
-    from any thread.
+    from any thread. Stop it before weights or adapters change: slots hold prompts that later ones share.
 
     Args:
         model: the drop-in. generation_config: for requests that bring none of their own.
@@ -133,14 +133,15 @@ class ContinuousBatchingManager:
         self._requests: dict[str, Request] = {}  # that are not finished
         self._waiting = 0  # of them, without a slot
         self._incoming: deque[Request] = deque()  # of them, that the engine has yet to take
-        self._cancelled: list[str] = []
+        self._cancelled: list[Request] = []
         self._results: dict[str, GenerationOutput] = {}  # that nobody has fetched; of a streaming request the latest
         self._handlers: dict[str, Handler] = {}
 
-    # ---- the thread
-
     def start(self) -> None:
+        """Takes requests from now on; while an earlier thread is being stopped, from its end on."""
         with self._changed:
+            mine = threading.current_thread() is self._thread
+            self._changed.wait_for(lambda: mine or not (self._stopping and self._running))
             if not self._running:
                 self._running, self._stopping, self._dropping, self._error = True, False, False, None
                 self._incoming, self._cancelled = deque(), []
@@ -203,7 +204,7 @@ class ContinuousBatchingManager:
                 engine.add(request.row)
             except Exception as error:
                 request.row.fail(f"{type(error).__name__}: {error}", error)
-        gone = [*filter(None, map(self._requests.get, cancelled))]
+        gone = [request for request in cancelled if self._requests.get(str(request.row.index)) is request]
         for request in gone:
             engine.cancel(request.row)
         self._tell([request for request in dict.fromkeys([*incoming, *gone]) if request.row.finish_reason])
@@ -245,8 +246,6 @@ class ContinuousBatchingManager:
                 self._changed.notify_all()
         for handler, output in handled:
             _call(handler, output)
-
-    # ---- requests
 
     def add_request(
         self,
@@ -316,10 +315,8 @@ class ContinuousBatchingManager:
     def cancel_request(self, request_id: str) -> None:
         """Ends a request at its next step; its output has what it has said so far. Nothing, if it is answered."""
         with self._changed:
-            self._cancelled.append(request_id)
+            self._cancelled += [self._requests[request_id]] if request_id in self._requests else []
             self._changed.notify_all()
-
-    # ---- outputs
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
         """The output of a request, or the next one of any. Each is given once. None: not in `timeout` seconds; or the
@@ -331,7 +328,8 @@ class ContinuousBatchingManager:
             return request_id in self._results or request_id not in self._requests
 
         with self._changed:
-            self._changed.wait_for(ready, timeout)
+            # in a handler, nobody would bring it
+            self._changed.wait_for(ready, 0 if threading.current_thread() is self._thread else timeout)
             return self._results.pop(next(iter(self._results), "") if request_id is None else request_id, None)
 
     def __iter__(self) -> Iterator[GenerationOutput]:
@@ -347,12 +345,13 @@ class ContinuousBatchingManager:
                 return
 
     def register_result_handler(self, request_id: str, callback: Handler) -> None:
-        """Calls back with outputs of a request, as they come, from the engine's thread, which waits for the call; one
-        that is there already is handed over at once. They are not to be fetched then."""
+        """Calls back with outputs of a request, as they come, from the engine's thread, which waits for the call; the
+        last one, if it is there already, at once. They are not to be fetched then."""
         with self._changed:
             output = self._results.pop(request_id, None)
-            if output is None or not output.is_finished():
+            if request_id in self._requests:  # and what is there is not the last
                 self._handlers[request_id] = callback
+                return
         if output is not None:
             _call(callback, output)
 
@@ -456,8 +455,9 @@ def _answers(
                 except Exception as error:
                     if manager._closed:
                         raise
-                    told = {"error": f"{type(error).__name__}: {error}", "finish_reason": "error"}
-                    said.put(GenerationOutput(row["request_id"], **told, status=RequestStatus.FAILED))
+                    text = f"{type(error).__name__}: {error}"
+                    failed = RequestStatus.FAILED
+                    said.put(GenerationOutput(row["request_id"], error=text, status=failed, finish_reason="error"))
         except BaseException as error:
             end = error
         manager.stop()  # what was added is answered first

@@ -75,7 +75,8 @@ def basis_of(model: Any) -> tuple:
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     decoder = model.get_decoder()
     chosen = decoder.config._attn_implementation, decoder.layers[0]._compiled_call_impl is None, model.training
-    return weights, adapters, autocast, chosen, torch.get_float32_matmul_precision()
+    inference = torch.is_inference_mode_enabled()  # its buffers cannot be written outside
+    return weights, adapters, autocast, chosen, inference, torch.get_float32_matmul_precision()
 
 
 def _address(tensor: torch.Tensor) -> Any:
@@ -153,7 +154,7 @@ def capture_graph(
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):
                 compute(shape)  # writes what the replay will write, so it may run any number of times
-        with capture:
+        with torch.cuda.stream(main), capture:  # back on it after a failure too
             result = compute(shape)
         main.wait_stream(side)
     graphs.pool = graph.pool()
@@ -181,8 +182,9 @@ def take(model: Any, device: torch.device) -> DecodeGraphs | None:
 
 
 def keep(model: Any, graphs: DecodeGraphs) -> None:
-    """For the next call; where nothing is captured, only how often shapes came."""
-    if not graphs.graphs:
+    """For the next call; where nothing is captured, or copies of weights that go with autocast's context, it is only how
+    often shapes came."""
+    if not graphs.graphs or (torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled()):
         graphs.place(None)
     _kept[model] = graphs
 

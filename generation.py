@@ -104,6 +104,8 @@ class GenerationLoop:
                 self.waiting.remove(row)
                 self.pictures.release(row)
             self.leave()
+            if not self.busy:
+                self.rest()
 
     def step(self) -> list[Row]:
         """One step of all rows that have a slot. Returns those that finished in it, with an error or without."""

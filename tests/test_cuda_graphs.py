@@ -169,6 +169,21 @@ def test_graphs_are_dropped_when_what_they_hold_has_changed(change, captured):
     assert captured == before * 2
 
 
+def test_inference_mode_has_buffers_of_its_own(captured):
+    batch = batch_of(4)
+    with torch.inference_mode():
+        batch.run()
+    assert captured and batch.answers(batch.run()) == batch.expected()
+
+
+def test_what_autocast_cast_is_not_kept(captured, monkeypatch):
+    """Its copies of weights go when it is left."""
+    batch = batch_of(2)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: True)
+    batch.run()
+    assert captured and not cuda_graphs._kept[batch.model].graphs
+
+
 def test_memory_is_kept_for_graphs_only_and_given_back(captured, monkeypatch):
     batch = batch_of(2)
     batch.run()
@@ -251,8 +266,10 @@ class Driver:
         @contextlib.contextmanager
         def on(stream):
             before, driver.current = driver.current, stream.name
-            yield
-            driver.current = before
+            try:
+                yield
+            finally:
+                driver.current = before
 
         @contextlib.contextmanager
         def capturing(graph, pool, stream, capture_error_mode):
@@ -305,6 +322,21 @@ def test_a_capture_warms_up_and_happens_beside_and_shares_a_pool(graphs, monkeyp
     driver.events.clear()
     graphs.run(compute, shape_of(2))
     assert "capture into None" in driver.events
+
+
+def test_a_failed_capture_leaves_nobody_on_its_stream(graphs, monkeypatch):
+    driver = Driver(monkeypatch)
+
+    class Invalidated:  # torch.cuda.graph ends the capture before it leaves the stream
+        def __enter__(self):
+            driver.current = "side"
+
+        def __exit__(self, *error):
+            raise RuntimeError("capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: Invalidated())
+    assert graphs.run(lambda shape: torch.zeros(shape.rows), shape_of(1)).shape == (1,)
+    assert driver.current == "main"
 
 
 def test_out_of_memory_in_a_capture_is_the_loops_to_handle(graphs, monkeypatch):

@@ -69,8 +69,8 @@ class Does(LogitsProcessor, StoppingCriteria):
         return scores if scores is not None else torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def raising():
-    raise ValueError("mine")
+def raising(error: Exception | None = None):
+    raise error or ValueError("mine")
 
 
 # ---- the engine
@@ -260,6 +260,19 @@ def test_what_a_long_row_took_goes_with_it(monkeypatch):
     assert rows[2].answer == other["output_ids"]
     assert (engine.slots, engine.pictures.patches_a_pass) == (64, PATCHES_A_PASS)
     engine.close()
+
+
+def test_what_was_halved_is_whole_again_when_all_who_wait_are_cancelled(monkeypatch):
+    engine, rows = engine_of(max_batch_rows=4), [row_of(case) for case in some(2)]
+    for row in rows:
+        engine.add(row)
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "prefill", lambda *args: raising(torch.OutOfMemoryError("injected")))
+        engine.step()
+    assert engine.slots == 2 and not engine.active
+    for row in rows:
+        engine.cancel(row)
+    assert engine.slots == 4
 
 
 def test_each_way_of_sharing_can_be_left_out(monkeypatch):
@@ -457,6 +470,45 @@ def test_a_handler_adds_the_next_requests_and_never_waits():
         assert outputs.get(timeout=FOREVER) == "full"
         for _ in range(2):
             check(outputs.get(timeout=FOREVER), case)
+
+
+def test_a_handler_that_asks_for_a_result_holds_up_nobody():
+    case, told = some(1)[0], []
+    with model_of("shapes").continuous_batching_context_manager(max_batch_rows=1) as manager:
+        ask = lambda _: told.append(manager.get_result("later", FOREVER))  # noqa: E731
+        manager.add_request(**request(case), result_handler=ask)
+        check(manager.get_result(manager.add_request(**request(case, request_id="later")), FOREVER), case)
+    assert told == [None]
+
+
+def test_what_is_asked_for_an_answered_request_is_not_the_next_ones():
+    """Cancelled or handled by a name that is free again."""
+    case, handled = some(1)[0], []
+    with model_of("shapes").continuous_batching_context_manager(max_batch_rows=2) as manager:
+        for _ in range(2):
+            manager.register_result_handler("name", handled.append)
+            check(manager.get_result(manager.add_request(**request(case, request_id="name")), FOREVER), case)
+        reached, go = threading.Event(), threading.Event()
+        act = lambda: reached.set() or go.wait()  # noqa: E731
+        manager.add_request(**request(case, stopping_criteria=[Does(case, 1, act)]))
+        reached.wait(FOREVER)  # the engine does not look up before `go`
+        manager.cancel_request("name")
+        manager.add_request(**request(case, request_id="name"))
+        go.set()
+        check(manager.get_result("name", FOREVER), case)
+    assert handled == []
+
+
+def test_a_manager_starts_again_while_it_stops():
+    case = some(1)[0]
+    manager = model_of("shapes").init_continuous_batching(max_batch_rows=1)
+    for _ in range(3):
+        manager.start()
+        manager.add_request(**request(case))
+        manager.stop(block=False)
+    manager.start()
+    check(manager.get_result(manager.add_request(**request(case)), FOREVER), case)
+    manager.stop()
 
 
 def test_a_device_error_fails_all_and_hangs_nobody(monkeypatch):
