@@ -182,8 +182,8 @@ def take(model: Any, device: torch.device) -> DecodeGraphs | None:
 
 
 def keep(model: Any, graphs: DecodeGraphs) -> None:
-    """For the next call; where nothing is captured, or copies of weights that go with autocast's context, it is only how
-    often shapes came."""
+    """For the next call. Where nothing is captured, or copies of weights that go with autocast's context, it is only
+    how often shapes came."""
     if not graphs.graphs or (torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled()):
         graphs.place(None)
     _kept[model] = graphs
