@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
 import types
 from pathlib import Path
@@ -20,6 +21,10 @@ package = types.ModuleType("locateanything")
 package.__path__ = [str(ROOT)]
 sys.modules["locateanything"] = package
 sys.path.insert(0, str(ROOT))  # the scripts, imported as a user of a clone would
+
+# A shell that runs this in the background ignores Ctrl-C, and so would all processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A configuration file as the stock's: it knows nothing of ours, and keeps all it is given.
 STOCK_CONFIGURATION = """
