@@ -179,8 +179,11 @@ def test_inference_mode_has_buffers_of_its_own(captured):
 def test_what_autocast_cast_is_not_kept(captured, monkeypatch):
     """Its copies of weights go when it is left."""
     batch = batch_of(2)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: True)
-    batch.run()
+    enabled = torch.is_autocast_enabled
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda *device: device == ("cuda",) or enabled(*device))
+        batch.run()
+    assert not torch.is_autocast_enabled("cpu"), "contexts restore what they are told"
     assert captured and not cuda_graphs._kept[batch.model].graphs
 
 
