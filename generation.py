@@ -22,7 +22,7 @@ from .model_runner import INVARIANT_ROWS, ModelRunner
 from .rows import Picture, Row
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill pass, at most (one chunk at least)
-CPU_PREFILL_TOKENS = 640  # fresh pages again (see vision.py): 2,400 cost 10% more a token in bfloat16, 60% by int8
+CPU_PREFILL_TOKENS = 640  # fresh pages again (see vision.py): by int8, 2,400 cost 60% more a token
 LEAST_PREFILL_TOKENS = 64  # less is not tried after running out of memory
 KEPT_PLACES = 8192  # of the cache, a slot: one with more, for rows that are rarely so long, goes with them
 ANSWER_PLACES = 256  # of the cache, made ready behind a prompt: most answers are shorter than their limit

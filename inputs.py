@@ -399,8 +399,10 @@ class Pictures:
             sizes = torch.tensor([picture.size for picture in pixels])
             encoded = self.model.extract_feature([picture.patches for picture in pixels], sizes, self.patches_a_pass)
             features.update(zip(pixels, encoded, strict=True))
-        for picture, feature in features.items():
-            picture.encoded = self.model.project([feature])[0]
+        # one by one where they are encoded so: `batch_invariant` wants shapes that follow from the picture alone
+        groups = [[feature] for feature in features.values()] if self.patches_a_pass == 1 else [[*features.values()]]
+        for picture, feature in zip(features, itertools.chain(*map(self.model.project, groups)), strict=True):
+            picture.encoded = feature
         return [picture.encoded[part] for picture, part in wanted]
 
     def release(self, row: Row) -> None:

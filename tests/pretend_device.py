@@ -16,10 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
+from weakref import WeakKeyDictionary
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import locateanything.cuda_graphs as cuda_graphs
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("lazy:0")
@@ -325,3 +329,12 @@ class PretendDevice(TorchDispatchMode):
             for held_by in (module._parameters, module._buffers):
                 held_by.update({name: there[id(one)] for name, one in held_by.items() if one is not None})
         return moved
+
+
+def capture_by(capture: Callable[..., Any], patch: pytest.MonkeyPatch, uses: int) -> None:
+    """Steps are captured so, here too, and when a shape has so many uses; nothing is kept from before."""
+    patch.setattr(cuda_graphs, "capture_graph", capture)
+    patch.setattr(cuda_graphs, "capturable", lambda model, device: True)
+    patch.setattr(cuda_graphs, "WORTH_CAPTURING", uses)
+    patch.setattr(cuda_graphs, "WORTH_PACKING", 30)  # of few rows too
+    patch.setattr(cuda_graphs, "_kept", WeakKeyDictionary())

@@ -8,7 +8,6 @@ import functools
 import gc
 import random
 import weakref
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ import locateanything.cuda_graphs as cuda_graphs
 from locateanything.cuda_graphs import Shape
 from locateanything.kv_cache import KEY_BLOCK, SlotKVCache
 from tests.conftest import Batch, cases_of, model_of
-from tests.pretend_device import Tape, replayed
+from tests.pretend_device import Tape, capture_by, replayed
 
 
 def shape_of(rows: int, pending: int = 6, windows: bool = True, longest: int = 100, used: float = 1.0) -> Shape:
@@ -66,11 +65,7 @@ def simulate_graphs(monkeypatch, uses: int = 1) -> list[tuple]:
             result = compute(shape)
         return functools.partial(replayed, tape.operations), result
 
-    monkeypatch.setattr(cuda_graphs, "capture_graph", capture)
-    monkeypatch.setattr(cuda_graphs, "capturable", lambda model, device: True)
-    monkeypatch.setattr(cuda_graphs, "WORTH_CAPTURING", uses)
-    monkeypatch.setattr(cuda_graphs, "WORTH_PACKING", 30)  # of few rows too
-    monkeypatch.setattr(cuda_graphs, "_kept", WeakKeyDictionary())
+    capture_by(capture, monkeypatch, uses)
     return captured
 
 

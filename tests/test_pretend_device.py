@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 import locateanything.cuda_graphs as cuda_graphs
 from locateanything.generation import GenerationLoop
 from tests.conftest import Batch, cases_of, recorded_cases
-from tests.pretend_device import DEVICE, TO_DEVICE, TO_HOST, WAITS, Generator, OnDevice, PretendDevice
+from tests.pretend_device import DEVICE, TO_DEVICE, TO_HOST, WAITS, Generator, OnDevice, PretendDevice, capture_by
 
 
 @pytest.fixture
@@ -39,11 +38,7 @@ def with_graphs(device: PretendDevice, patch: pytest.MonkeyPatch, uses: int = 1)
         captured.append(shape)
         return device.capture(lambda: compute(shape))
 
-    patch.setattr(cuda_graphs, "capture_graph", capture)
-    patch.setattr(cuda_graphs, "capturable", lambda model, device: True)
-    patch.setattr(cuda_graphs, "WORTH_CAPTURING", uses)
-    patch.setattr(cuda_graphs, "WORTH_PACKING", 30)  # of few rows too
-    patch.setattr(cuda_graphs, "_kept", WeakKeyDictionary())
+    capture_by(capture, patch, uses)
     return captured
 
 
