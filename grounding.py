@@ -82,8 +82,7 @@ class GroundingMixin:
         """
         rows = _id_rows(sequences, "sequences")
         if skip_special_tokens:
-            added = self.tokenizer.added_tokens_decoder.items()
-            dropped = {index for index, token in added if token.special and token.content not in ANSWER_TOKENS}
+            dropped = _unsaid(self.tokenizer, len(self.tokenizer))
             rows = [[index for index in row if index not in dropped] for row in rows]
         return [self._text(row, **kwargs) for row in rows]
 
@@ -241,6 +240,13 @@ def _marks(tokenizer: Any, size: int) -> dict[int, int]:
     """The ids that have a kind. size: of the vocabulary, as listing it takes as long as reading a hundred answers."""
     added = tokenizer.added_tokens_decoder.items()
     return {index: KINDS[token.content] for index, token in added if token.content in KINDS}
+
+
+@lru_cache(maxsize=8)
+def _unsaid(tokenizer: Any, size: int) -> frozenset[int]:
+    """The ids of special tokens that carry no answer. size: as of `_marks`."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(index for index, token in added if token.special and token.content not in ANSWER_TOKENS)
 
 
 def _of_requests(outputs: Any) -> Any:

@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import ExifTags, Image, ImageOps, ImageSequence
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -240,7 +240,8 @@ def _to_rgb(image: Image.Image, upright: bool, is_ours: bool = False) -> Image.I
     if upright:
         image.load()
         with suppress(Exception):  # a broken EXIF block turns nothing
-            image = ImageOps.exif_transpose(image)
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied
+                image = ImageOps.exif_transpose(image)
     if is_16_bit:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if is_ours and image.mode == "RGB" and not getattr(image, "is_animated", False):

@@ -142,7 +142,8 @@ def run(args: argparse.Namespace, manifest: dict[str, Any]) -> int:
         seen = {hash((record.source, record.frame)) for record in read_records(args.out)}
         bar = tqdm(unit=" pictures", initial=len(seen) // processes, delay=0.5, disable=process > 0)
         with closing(answers), bar:
-            Thread(target=_count, args=(bar, args, manifest, processes), daemon=True).start()
+            if process == 0:
+                Thread(target=_count, args=(bar, args, manifest, processes), daemon=True).start()
             tell(answers, results, seen, bar)
     finally:
         whole = results.close()

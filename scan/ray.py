@@ -123,8 +123,11 @@ class Engine:
             for one in prepared:
                 if one.row is None:
                     records.append(self.interviewer.record(one))
-                else:
+                    continue
+                try:
                     running.append((one, self.manager.add_request(**one.row, **self.settings)))
+                except ValueError as error:  # a row over the limit, say
+                    records.append(self.interviewer.record(replace(one, error=str(error))))
         for one, request in running:
             output = self.manager.get_result(request)
             if output is None or not self.manager.is_running():

@@ -213,7 +213,6 @@ class Results:
         except OSError:
             os.truncate(self.path, size)
             raise
-        self.done.add(record.key)
 
     def close(self) -> bool:
         """Merges the parts and returns True, or False where another process still writes its own."""

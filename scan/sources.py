@@ -79,19 +79,23 @@ def read_items(sources: Iterable[Any], *, fps: float | None = None, every: int =
             yield Item(name_of(text), text)
         elif os.path.isdir(text):
             yield from read_items(_walk(text), fps=fps, every=every)
+        elif _is_glob(text):
+            found = sorted(glob.iglob(text, recursive=True), key=natural)
+            yield from read_items(found, fps=fps, every=every)
+            if not found:
+                yield Item(text, FileNotFoundError(f"{text}: no file is named like this."))
         elif suffix_of(text) in VIDEOS:
             yield from _frames(text, fps, every)
         elif "://" in text:
             yield Item(name_of(text), text)
         elif read := LISTS.get(suffix_of(text)):
             yield from _items_of(text, read)
-        elif not os.path.lexists(text) and glob.has_magic(text):
-            found = sorted(glob.iglob(text, recursive=True), key=natural)
-            yield from read_items(found, fps=fps, every=every)
-            if not found:
-                yield Item(text, FileNotFoundError(f"{text}: no file is named like this."))
         else:
             yield Item(text, text)
+
+
+def _is_glob(text: str) -> bool:
+    return "://" not in text and not os.path.lexists(text) and glob.has_magic(text)
 
 
 def read_list(path: str) -> Iterator[str]:
@@ -107,7 +111,7 @@ def estimate(sources: Iterable[Any], *, fps: float | None = None, every: int = 1
         text = source if isinstance(source, str) else ""
         if os.path.isdir(text):
             total += estimate(_walk(text), fps=fps, every=every)
-        elif not os.path.lexists(text) and glob.has_magic(text):
+        elif _is_glob(text):
             total += estimate(glob.iglob(text, recursive=True), fps=fps, every=every)
         elif suffix_of(text) in VIDEOS:
             import av
@@ -116,6 +120,8 @@ def estimate(sources: Iterable[Any], *, fps: float | None = None, every: int = 1
                 stream = container.streams.video[0]
                 seconds = float(container.duration or 0) / av.time_base
                 total += int(seconds * fps if fps else stream.frames or seconds * (stream.average_rate or 0)) // every
+        elif "://" in text:
+            total += 1
         elif suffix_of(text) == ".parquet":
             import pyarrow.parquet  # type: ignore[import-untyped]
 

@@ -158,17 +158,21 @@ def build_app(engine: Engine, *, name: str, api_key: str | None = None) -> Guard
         """New detections as they are accepted, if they are streamed; at the end all that is told of the picture."""
         outputs: list[Any] = [None] * len(job.open)
         read, seen = [0] * len(outputs), [[] for _ in outputs]  # type: ignore[var-annotated]
+
+        def found_in(index: int) -> list[Any]:
+            return engine.detections(outputs[index], size, index if asked.queries else -1)  # where none was asked for
+
         async for index, output in job:
             metrics.row(output)
             outputs[index] = output
             new, read[index] = output.generated_tokens[read[index] :], len(output.generated_tokens)
             if asked.stream and engine.box_end in new:
-                found = [one for one in engine.detections(output, size, index) if one["score"] >= asked.threshold]
+                found = [one for one in found_in(index) if one["score"] >= asked.threshold]
                 fresh = [one for one in found if one not in seen[index]]
                 seen[index] += fresh
                 if fresh:
                     yield {"detections": fresh}
-        found = [one for index, output in enumerate(outputs) for one in engine.detections(output, size, index)]
+        found = [one for index in range(len(outputs)) for one in found_in(index)]
         answers = [
             {
                 "query": query,

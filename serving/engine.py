@@ -3,6 +3,7 @@
 
 import asyncio
 import logging
+import queue
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,9 +56,6 @@ class Engine:
         self.places = asyncio.Semaphore(rows + 2 * WORKERS)
         self.mail: deque[tuple[Job, int, Any]] = deque()  # from the engine's thread
         self.criterion = model.degenerate_answer_criteria()
-        added = [index for index, token in processor.tokenizer.added_tokens_decoder.items() if token.special]
-        shown = processor.batch_decode([[index] for index in added], skip_special_tokens=True)
-        self.hidden = {index for index, text in zip(added, shown, strict=True) if not text}
         self.box_end, self.image_end = processor.tokenizer.convert_tokens_to_ids(["</box>", "</img>"])
 
     def start(self) -> None:
@@ -85,7 +83,7 @@ class Engine:
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of an answer: the tokens that carry it are kept, end of turn and padding dropped."""
-        return self.processor.tokenizer.decode([i for i in ids if i not in self.hidden], skip_special_tokens=False)
+        return self.processor.decode(ids, skip_special_tokens=True)
 
     # ---- requests → rows
 
@@ -144,7 +142,8 @@ class Engine:
         """Rows for the engine, each the processor's output and what `generate` takes for a row.
 
         Raises:
-            ValueError: one that the engine refuses. APIError: 500, the engine has failed.
+            ValueError: one that the engine refuses. APIError: 500, the engine has failed; 429, rows of clients that
+                left are still in its queue.
         """
         job = Job(self)
         try:
@@ -156,6 +155,9 @@ class Engine:
         except ValueError:
             job.cancel()
             raise
+        except queue.Full as error:
+            job.cancel()
+            raise APIError(429, f"busy: {error}", code="rate_limit_exceeded") from error
         return job
 
     def _post(self, job: "Job", index: int, output: Any) -> None:

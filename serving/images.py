@@ -68,7 +68,7 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > limits.pixels:
                 raise ValueError(f"image: {image.width}×{image.height} pixels; expected at most {limits.pixels}.")
-            return load_image(image, upright=True)
+            return load_image(image, upright=True, copy=False)
     except Image.UnidentifiedImageError:
         raise ValueError(f"image: not a picture that can be read; expected {', '.join(FORMATS)}.") from None
     except ValueError:

@@ -16,7 +16,7 @@ Task = Literal["detect", "ground", "single", "point", "text", "gui"]
 # OpenAI's fields that say nothing with these values, and are refused with others
 NEUTRAL: dict[str, Any] = dict.fromkeys(("frequency_penalty", "presence_penalty", "top_logprobs"), 0)
 NEUTRAL |= {"logit_bias": {}, "tools": [], "response_format": {"type": "text"}}
-FINISH = {"end": "stop", "stop": "stop", "repetition": "stop", "limit": "length"}
+FINISH = {"end": "stop", "stop": "stop", "limit": "length"}
 
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 QUESTION = "Locate all the instances that matches the following description: red circle."
@@ -213,7 +213,7 @@ class Completion:
             {
                 "index": choice.index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": choice.logprobs and {"content": choice.logprobs, "refusal": None},
+                "logprobs": None if choice.logprobs is None else {"content": choice.logprobs, "refusal": None},
                 "finish_reason": choice.finish_reason,
             }
             for choice in choices

@@ -507,6 +507,22 @@ def test_help_is_quick_and_needs_no_clone_as_working_folder(tmp_path):
         assert not any(line.split("|")[-1].strip() in ("torch", "ray", "av") for line in done.stderr.splitlines())
 
 
+def test_an_actors_engine_refuses_a_row_alone(loaded, monkeypatch):
+    import pickle
+
+    from scan.ray import Engine
+
+    monkeypatch.setattr("hub.loading.load", lambda *args, **options: loaded)
+    settings = {"max_new_tokens": 8, "generation_mode": "hybrid"}
+    asked = {"queries": ["red circle", "red circle " * 9000, "blue circle"], "task": "detect"}
+    engine = Engine(folder=os.getcwd(), model="any", loading=None, done=set(), settings=settings, **asked)
+    items = list(sources.read_items([str(PICTURES / "012.png")]))
+    records = pickle.loads(engine({"items": [pickle.dumps(items)]})["records"][0])
+    engine.manager.stop()
+    assert sorted(record.status for record in records) == ["error", "ok", "ok"]
+    assert any("length limit" in (record.error or "") for record in records)
+
+
 @pytest.mark.parametrize("importing", ["tqdm", "torch"])
 def test_ctrl_c_while_it_imports(tmp_path, importing):
     """transformers takes it for a missing package."""

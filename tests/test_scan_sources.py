@@ -82,6 +82,14 @@ def test_folders_and_globs_come_in_natural_order(tree):
         nothing.load()
 
 
+def test_globs_find_lists_too_and_addresses_are_none(tree):
+    for name in ("f10.png", "f2.PNG"):
+        (tree / f"{name}.jsonl").write_text(f'{{"image": "p/{name}", "query": "x"}}\n')
+    assert [item.source for item in read_items(["*.jsonl"])] == ["p/f2.PNG", "p/f10.png"]
+    assert estimate(["*.jsonl"]) == 2
+    assert estimate(["https://host/a.jpg?size=1", "https://host/list.csv"]) == 2
+
+
 def test_a_file_that_is_named_like_a_glob_is_itself(tree):
     picture(tree / "a[1].png")
     picture(tree / "a1.png")

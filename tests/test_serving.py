@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import json
+import queue
 import random
 import socket
 import threading
@@ -440,6 +441,7 @@ def test_locate_by_one_query_threshold_and_without_query(server):
     assert [one["score"] for one in cut["detections"]] == [max(scores)]
     everything = server.post("/v1/locate", json={"image": image, "task": "text", "max_tokens": 16})
     assert everything.json()["answers"][0]["query"] == ""
+    assert {one["class_id"] for one in everything.json()["detections"]} <= {-1}
     server.error(400, path="/v1/locate", json={"image": image, "task": "detect"})
     assert server.error(400, path="/v1/locate", json={"image": image, "queries": ["x"] * 65})["param"] == "queries"
     for query in ("", "cat <image-1>", "red</c>blue"):
@@ -551,6 +553,23 @@ def test_beyond_max_waiting_a_client_is_told_to_come_again():
         server.idle()
         assert server.error(429, json=chat(n=4))
         assert server.post(json=chat(n=3)).status_code == 200
+
+
+def test_a_queue_that_is_full_of_rows_whose_clients_left(monkeypatch):
+    with Running(rows=1, waiting=4) as server:
+        add, added = server.engine.manager.add_request, []
+
+        def full(**row):
+            if added:
+                raise queue.Full
+            added.append(add(**row))
+            return added[0]
+
+        monkeypatch.setattr(server.engine.manager, "add_request", full)
+        with slowly():
+            assert server.error(429, json=chat(n=2, temperature=1.0))
+            server.idle()
+        assert added
 
 
 @pytest.mark.parametrize("stream", [True, False])
