@@ -10,6 +10,7 @@ goes on where it was stopped.
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ PROJECTOR = ["mlp1.0", "mlp1.1", "mlp1.3"]
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     args.lora = args.method == "lora"
+    if args.lora and find_spec("peft") is None:
+        sys.exit("--method lora needs peft: pip install --group train")
 
     import torch
     from transformers import TrainingArguments, set_seed

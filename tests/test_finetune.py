@@ -156,7 +156,7 @@ def data(folder: Path, answers: list[str]) -> Path:
 
 def run(*arguments: object) -> None:
     fixed = "--batch 2 --accumulate 1 --warmup 0 --workers 0 --log-every 1 --every 2 --modes hybrid slow"
-    finetune.main([*map(str, arguments), *fixed.split()])
+    finetune.main(["--method", "full", *map(str, arguments), *fixed.split()])
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -191,10 +191,16 @@ def test_what_cannot_begin_says_so(tmp_path, arguments, message):
         run(*arguments, "--out", tmp_path / "out")
 
 
+def test_adapters_need_peft_and_say_so_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="--method lora"):
+        run("--model", "nowhere", "--train", "missing.jsonl", "--out", tmp_path, "--method", "lora")
+
+
 def test_a_run_from_data_to_a_folder_that_loads(tmp_path, capsys):
     """All weights; stopped after two steps, it goes on, and the best of what was looked at is what lies there."""
     path = data(tmp_path, ["<ref>blue square</ref><box><0><0><250><250></box>", "Hello there."])
-    common = ["--model", BASE, "--train", path, "--validate", path, "--out", tmp_path / "out", "--method", "full"]
+    common = ["--model", BASE, "--train", path, "--validate", path, "--out", tmp_path / "out"]
     run(*common, "--steps", 2, "--lr", 1e-3)
     first = tensors(tmp_path / "out" / "model")
     told = capsys.readouterr().out
@@ -218,7 +224,7 @@ def loads(folder: Path, target: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_adapters_are_trained_and_merged(tmp_path, capsys):
     path = data(tmp_path, ["<ref>blue square</ref><box><0><0><250><250></box>"])
-    common = ["--model", BASE, "--train", path, "--rank", 8, "--lr", 1e-2]
+    common = ["--model", BASE, "--train", path, "--method", "lora", "--rank", 8, "--lr", 1e-2]
     run(*common, "--out", tmp_path / "out", "--steps", 60)
     assert "trainable params" in capsys.readouterr().out
     result, base = tensors(tmp_path / "out" / "model"), tensors(BASE)
