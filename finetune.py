@@ -46,10 +46,6 @@ def main(argv: list[str] | None = None) -> None:
     none = processor.tokenizer.decode([model.config.none_token_id]).strip()
     collator = MTPCollator(processor, max_length=args.max_length, none=none, flex=args.flex)
     train, held = (gather(sources, args, collator) for sources in (args.train, args.validate))
-    if not args.validate and args.validate_share:
-        count = max(1, round(len(train) * args.validate_share))
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        held, train = ([train[place] for place in sorted(part)] for part in (order[:count], order[count:]))
     if not train:
         sys.exit("--train: no record is left to train on")
 
@@ -75,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         metric_for_best_model=f"eval_{args.best}_f1" if held else None,
         dataloader_num_workers=args.workers,
         remove_unused_columns=False,
-        report_to=args.report_to,
+        report_to=[],
         seed=args.seed,
     )
     tuner = tuner_class()(
@@ -102,7 +98,6 @@ def parser() -> argparse.ArgumentParser:
         help="JSON lines, recipe, COCO, data.yaml, or a scan's folder",
     )
     add("--validate", nargs="+", default=[], metavar="DATA", help="to answer now and then, as --train")
-    add("--validate-share", type=float, default=0.0, metavar="S", help="or so much of --train, 0 to 1 (%(default)s)")
     add("--out", type=Path, required=True, metavar="DIR")
     add(
         "--method",
@@ -132,7 +127,6 @@ def parser() -> argparse.ArgumentParser:
     add("--no-first-look", action="store_true", help="do not answer --validate before the first step")
     add("--flex", action="store_true", help="attend by FlexAttention (CUDA)")
     add("--workers", type=int, default=2, metavar="N", help="processes that read pictures (%(default)s)")
-    add("--report-to", nargs="*", default=[], help="transformers' reports, as tensorboard")
     add("--seed", type=int, default=0, help="(%(default)s)")
     return parser
 

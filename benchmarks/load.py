@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Qwen2TokenizerFast, StoppingCriteria
+from transformers import StoppingCriteria
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import DEMO, count, environment, import_drop_in, print_json, resident  # noqa: E402
+from benchmarks.common import DEMO, count, environment, print_json, resident  # noqa: E402
 from benchmarks.scenes import scenes  # noqa: E402
+from hub.loading import load  # noqa: E402
 
 MODES = ("hybrid", "fast", "slow", "verified")
 MARKS = 10
@@ -199,15 +200,6 @@ def many_calls(model: Any, distinct: list[Ask], alone: list, calls: int, seed: i
     return record | {"calls_a_second": calls / seconds, "resident": [*noted, resident()]}
 
 
-def load(checkpoint: str) -> tuple[Any, Any]:
-    modeling = import_drop_in()
-    from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
-
-    model = modeling.LocateAnythingBatchedForConditionalGeneration.from_pretrained(checkpoint)
-    tokenizer = Qwen2TokenizerFast.from_pretrained(checkpoint)
-    return model.eval(), LocateAnythingProcessor(LocateAnythingImageProcessor.from_pretrained(checkpoint), tokenizer)
-
-
 def megabytes(marks: list[int]) -> str:
     return " ".join(f"{mark / 2**20:.0f}" for mark in marks)
 
@@ -226,7 +218,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    model, processor = load(arguments.checkpoint)
+    model, processor = load(arguments.checkpoint, device="cpu", dtype="float32")
     record: dict[str, Any] = {"benchmark": "load", "seed": arguments.seed, **environment(model.device)}
     print(f"{arguments.checkpoint}, float32; {record['machine']}, {arguments.threads} threads, {record['date']}")
     distinct = asks(model, processor, arguments.distinct, arguments.seed)

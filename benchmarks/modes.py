@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import DEMO, count, environment, print_json  # noqa: E402
-from benchmarks.scenes import Scene, overlap, scenes  # noqa: E402
-from hub.assembly import assemble  # noqa: E402
+from benchmarks.scenes import Scene, scenes  # noqa: E402
+from hub.loading import load  # noqa: E402
+from training.validation import overlap  # noqa: E402
 
 MODES: dict[str, dict[str, Any]] = {
     "slow": {"generation_mode": "slow"},
@@ -43,8 +42,7 @@ def main() -> None:
     parser.add_argument("--json", help="append the record to this file")
     arguments = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as folder:
-        model, processor = load(assemble(arguments.checkpoint, Path(folder) / "drop-in"))
+    model, processor = load(arguments.checkpoint, device="cpu", dtype="float32")
     drawn = list(scenes(arguments.scenes, arguments.seed))
     inputs = inputs_of(processor, drawn)
     record = {"benchmark": "modes", "scenes": len(drawn), "seed": arguments.seed, **environment(model.device)}
@@ -68,11 +66,6 @@ def main() -> None:
         values = (f"{line[key]:.1%}" for key in ("forwards_of_slow", "rows_as_slow", "precision", "recall"))
         print(f"| `{name}` | {line['tokens_a_forward']:.2f} | {' | '.join(values)} | {line['auroc']:.3f} |")
     print_json(record, arguments.json)
-
-
-def load(folder: Path) -> tuple[Any, Any]:
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
 def inputs_of(processor: Any, drawn: list[Scene]) -> Any:

@@ -23,8 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import count, environment, print_json  # noqa: E402
 from benchmarks.modes import answers_of, inputs_of, quality  # noqa: E402
-from benchmarks.scenes import overlap, scenes  # noqa: E402
+from benchmarks.scenes import scenes  # noqa: E402
 from hub.loading import load  # noqa: E402
+from training.validation import overlap  # noqa: E402
 
 FORMS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},

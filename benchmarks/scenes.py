@@ -86,14 +86,3 @@ def draw(pen: ImageDraw.ImageDraw, shape: str, corners: tuple[int, int, int, int
         pen.rectangle(corners, fill=colour)
     else:
         pen.polygon([((x1 + x2) // 2, y1), (x1, y2), (x2, y2)], fill=colour)
-
-
-def overlap(one: tuple, other: tuple) -> float:
-    """Intersection over union of two boxes."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    shared = width * height
-    areas = ((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other))
-    return shared / (sum(areas) - shared)

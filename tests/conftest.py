@@ -83,6 +83,13 @@ def tokenizer_of(name: str):
 
 
 @functools.cache
+def processor_of(name: str = "shapes"):
+    from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
+
+    return LocateAnythingProcessor(LocateAnythingImageProcessor.from_pretrained(CHECKPOINTS[name]), tokenizer_of(name))
+
+
+@functools.cache
 def pixels_of(name: str, image: str):
     """(pixel_values, (rows, columns)) of a golden picture."""
     from locateanything.image_processing import load_image

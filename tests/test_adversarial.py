@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import model_of
-from tests.test_processing import SMALL, image, processor_of, user
+from tests.conftest import model_of, processor_of
+from tests.test_processing import SMALL, image, user
 
 PROCESSOR = processor_of("shapes")
 VOCABULARY = len(PROCESSOR.tokenizer)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from demo import train
-from demo.scenes import LABELS, scenes
+from demo.scenes import COLOURS, LABELS, SHAPES, scenes
 from tests.conftest import tokenizer_of
 from training.validation import found, matched
 from upload_to_hub import assemble
@@ -44,9 +44,16 @@ def test_a_scene_is_the_same_each_time_and_its_truth_is_asked_for(start):
     tokens = [model.image_token_index == each for each in batch["input_ids"][0].tolist()]
     truth = batch.pop("truth")
     assert len(truth) == sum(tokens) and int(truth[:, 0].max()) > 0
+    (rows, columns), drawn = (batch["image_grid_hws"][0] // 2).tolist(), first["scene"]
+    assert rows != columns
+    shown = truth[: rows * columns].view(rows, columns, 6)
+    for label, (left, top, right, bottom) in drawn.boxes:
+        told = shown[int((top + bottom) / 2000 * rows), int((left + right) / 2000 * columns)]
+        assert f"{[*COLOURS][told[0] - 1]} {[*SHAPES][told[1] - 1]}" == label
     assert torch.isfinite(model(**batch).loss)
     for drawn in scenes(20):
         assert {label for label, _ in drawn.boxes} <= {*LABELS}
         answer = train.turns(drawn, "detect", drawn.queries, processor)[1]["value"]
         (said,) = found(processor, [answer])
-        assert len(said) == matched(said, said) == sum(len(drawn.boxes_of(label)) for label in drawn.queries)
+        true = [(label, [side / 1000 for side in box]) for label in drawn.queries for box in drawn.boxes_of(label)]
+        assert len(said) == matched(said, true) == len(true)

@@ -20,8 +20,7 @@ import locateanything.sampling as sampling
 from benchmarks import load
 from benchmarks.common import resident
 from locateanything.kv_cache import SlotKVCache
-from tests.conftest import Batch, cases_of, model_of
-from tests.test_processing import processor_of
+from tests.conftest import Batch, cases_of, model_of, processor_of
 from tests.test_training import checkpointing
 
 MODES = ["hybrid", "slow", "fast", "verified"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModel, AutoProcessor
 
 import finetune
 from scan.records import KIND, MANIFEST, RESULTS, Detection, Record
-from tests.conftest import CHECKPOINTS, GOLDENS
+from tests.conftest import CHECKPOINTS, GOLDENS, model_of
 from training.data import answer_of, messages_of, read
 from training.validation import matched
 from upload_to_hub import assemble
@@ -191,6 +192,15 @@ def test_what_cannot_begin_says_so(tmp_path, arguments, message):
         run(*arguments, "--out", tmp_path / "out")
 
 
+@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+def test_what_is_frozen_does_not_learn(part):
+    args = finetune.parser().parse_args(["--model", "m", "--train", "t", "--out", "o", "--freeze", part])
+    args.lora, model = False, copy.deepcopy(model_of("shapes"))
+    prefix = {"vision": "vision_model.", "projector": "mlp1.", "language": "language_model."}[part]
+    for name, weight in finetune.prepared(model, args).named_parameters():
+        assert weight.requires_grad != name.startswith(prefix)
+
+
 def test_adapters_need_peft_and_say_so_first(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="--method lora"):
@@ -211,6 +221,9 @@ def test_a_run_from_data_to_a_folder_that_loads(tmp_path, capsys):
     result, base = tensors(tmp_path / "out" / "model"), tensors(BASE)
     assert {name: (t.shape, t.dtype) for name, t in result.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
     assert not torch.equal(first["mlp1.1.weight"], base["mlp1.1.weight"])
+    state = json.loads((tmp_path / "out" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]).name == "checkpoint-2", "or this tells nothing"
+    assert torch.equal(first["mlp1.1.weight"], result["mlp1.1.weight"])
     beside = {each.name for each in BASE.iterdir()} - {"model.safetensors"}
     assert all((tmp_path / "out" / "model" / name).read_bytes() == (BASE / name).read_bytes() for name in beside)
     assert loads(tmp_path / "out" / "model", tmp_path / "drop-in")["mlp1.1.weight"].equal(result["mlp1.1.weight"])

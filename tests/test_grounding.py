@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -15,14 +14,7 @@ from transformers import TextStreamer
 from transformers.utils import ModelOutput
 
 from locateanything.answers import ANSWER_TOKENS
-from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
-from tests.conftest import CHECKPOINTS, Batch, cases_of, model_of, tokenizer_of
-
-
-@functools.cache
-def processor_of(name: str = "shapes") -> LocateAnythingProcessor:
-    return LocateAnythingProcessor(LocateAnythingImageProcessor.from_pretrained(CHECKPOINTS[name]), tokenizer_of(name))
-
+from tests.conftest import Batch, cases_of, model_of, processor_of
 
 PROCESSOR = processor_of()
 START, END, PAD = map(PROCESSOR.tokenizer.convert_tokens_to_ids, ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import json
 import re
@@ -18,8 +17,8 @@ import torch
 import transformers
 from PIL import Image
 
-from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
-from tests.conftest import CHECKPOINTS, GOLDENS, cases_of, tokenizer_of
+from locateanything.processing import LocateAnythingProcessor
+from tests.conftest import CHECKPOINTS, GOLDENS, cases_of, processor_of
 from upload_to_hub import remote_code_files
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.\n<|im_end|>\n"
@@ -28,12 +27,6 @@ WIDE = Image.new("RGB", (125, 93), (200, 30, 30))  # 8×10 patches, 20 tokens
 SQUARE = Image.new("RGB", (140, 140), (30, 200, 30))  # 10×10 patches, 25 tokens
 SMALL = Image.new("RGB", (20, 20), (30, 30, 200))  # 2×2 patches, 1 token
 A, B, S = "<img>*20</img>", "<img>*25</img>", "<img>*1</img>"
-
-
-@functools.cache
-def processor_of(name: str) -> LocateAnythingProcessor:
-    images = LocateAnythingImageProcessor.from_pretrained(CHECKPOINTS[name])
-    return LocateAnythingProcessor(images, tokenizer_of(name))
 
 
 @pytest.fixture(scope="module")

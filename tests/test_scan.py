@@ -20,7 +20,7 @@ from scan.formats import Picture
 from scan.records import Detection, Record, Results, read_manifest, read_records
 from scan.workers import draw_pictures, scan
 
-from .conftest import CHECKPOINTS, model_of, tokenizer_of
+from .conftest import model_of, processor_of
 
 PROJECT = Path(__file__).resolve().parent.parent
 GOLDENS = PROJECT / "tests" / "goldens" / "shapes"
@@ -46,10 +46,7 @@ def stock_answer(file, question):
 
 @pytest.fixture(scope="module")
 def loaded():
-    from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
-
-    images = LocateAnythingImageProcessor.from_pretrained(CHECKPOINTS["shapes"])
-    return model_of("shapes"), LocateAnythingProcessor(images, tokenizer_of("shapes"))
+    return model_of("shapes"), processor_of()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import base64
 import concurrent.futures
 import contextlib
-import functools
 import io
 import json
 import queue
@@ -24,19 +23,11 @@ from serving.engine import Engine
 from serving.guard import PatientProtocol
 from serving.images import Limits
 from serving.openai import Choice
-from tests.conftest import CHECKPOINTS, GOLDENS, cases_of, model_of, tokenizer_of
+from tests.conftest import GOLDENS, cases_of, model_of, processor_of, tokenizer_of
 
 PICTURES = GOLDENS / "shapes" / "images"
 MODES = ("hybrid", "fast", "slow", "verified")
 KEY = "secret-key-of-the-tests"
-
-
-@functools.cache
-def processor():
-    from locateanything.processing import LocateAnythingImageProcessor, LocateAnythingProcessor
-
-    images = LocateAnythingImageProcessor.from_pretrained(CHECKPOINTS["shapes"])
-    return LocateAnythingProcessor(images, tokenizer_of("shapes"))
 
 
 def uri(data, kind="image/png"):
@@ -56,7 +47,7 @@ def alone(text, names, **settings):
     """What `generate` says to that row alone."""
     images = [{"type": "image", "image": str(PICTURES / name)} for name in names]
     turn = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
-    inputs = processor().apply_chat_template(
+    inputs = processor_of().apply_chat_template(
         [turn], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     seed = settings.pop("seed", None)
@@ -64,7 +55,7 @@ def alone(text, names, **settings):
         settings["generator"] = [torch.Generator().manual_seed(seed)]
     output = model_of("shapes").generate(**inputs, return_dict_in_generate=True, output_scores=True, **settings)
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    return ids, processor().decode(ids, skip_special_tokens=True), output
+    return ids, processor_of().decode(ids, skip_special_tokens=True), output
 
 
 class Running:
@@ -72,7 +63,7 @@ class Running:
 
     def __init__(self, *, rows=8, waiting=64, key=None, drain=5, **limits):
         self.failures = []
-        self.engine = Engine(model_of("shapes"), processor(), rows=rows, waiting=waiting, limits=Limits(**limits))
+        self.engine = Engine(model_of("shapes"), processor_of(), rows=rows, waiting=waiting, limits=Limits(**limits))
         self.engine.on_failure = lambda: self.failures.append(True)
         config = uvicorn.Config(
             build_app(self.engine, name="demo", api_key=key),
@@ -189,7 +180,7 @@ def test_several_images_system_turns_and_parts_that_are_texts(server):
         turns[2],
         {"role": "user", "content": "And the green one?"},
     ]
-    inputs = processor().apply_chat_template(own, add_generation_prompt=True, tokenize=True, return_dict=True)
+    inputs = processor_of().apply_chat_template(own, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert seen[0].tolist() == inputs["input_ids"].tolist()
 
 
@@ -395,10 +386,10 @@ def found_by(queries, name, task="detect"):
     """(label, class_id, box or point, score) of each thing, as processor and generate find them, a row at a time."""
     found = []
     for index, query in enumerate(queries):
-        text = processor().build_question(task, query)
+        text = processor_of().build_question(task, query)
         _, _, output = alone(text, [name], max_new_tokens=2048)
         size = Image.open(PICTURES / name).size
-        [row] = processor().post_process_grounding(output, target_sizes=[size[::-1]])
+        [row] = processor_of().post_process_grounding(output, target_sizes=[size[::-1]])
         for kind, prefix in (("boxes", ""), ("points", "point_")):
             for label, at, score in zip(row[f"{prefix}labels"], row[kind], row[f"{prefix}scores"], strict=True):
                 found.append(
@@ -452,7 +443,7 @@ def test_locate_by_one_query_threshold_and_without_query(server):
 def test_rows_of_one_picture_have_the_prompts_that_the_processor_makes(server):
     picture, queries = Image.open(PICTURES / "012.png").convert("RGB"), ["red circle", " é 漢 ", "a</ref>b", "<box>"]
     rows, _ = server.engine._rows(picture, queries, "detect")
-    for row, conversation in zip(rows, processor().questions(picture, queries), strict=True):
+    for row, conversation in zip(rows, processor_of().questions(picture, queries), strict=True):
         whole = server.engine._row(conversation)
         assert row["input_ids"].tolist() == whole["input_ids"].tolist()
         assert torch.equal(row["pixel_values"], whole["pixel_values"])

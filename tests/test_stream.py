@@ -22,8 +22,7 @@ from locateanything.inputs import read_call
 from locateanything.kv_cache import PrefillStep
 from locateanything.rows import Row
 from locateanything.vision import PATCHES_A_PASS
-from tests.conftest import Batch, cases_of, model_of
-from tests.test_processing import processor_of
+from tests.conftest import Batch, cases_of, model_of, processor_of
 
 FOREVER = 60  # seconds that a test waits at most
 

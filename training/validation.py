@@ -75,6 +75,11 @@ def closeness(one: Sequence[float], other: Sequence[float]) -> float:
     """0 or more for a hit."""
     if len(one) == 2:
         return NEAR - max(abs(a - b) for a, b in zip(one, other, strict=True))
+    return overlap(one, other) - IOU
+
+
+def overlap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Intersection over union of two boxes."""
     width, height = (max(0.0, min(one[a + 2], other[a + 2]) - max(one[a], other[a])) for a in (0, 1))
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return width * height / max(sum(areas) - width * height, 1e-12) - IOU
+    return width * height / max(sum(areas) - width * height, 1e-12)
