@@ -1,6 +1,7 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """From `generate`'s arguments to rows, and from rows to what it returns; images are encoded on demand."""
 
+import copy
 import difflib
 import itertools
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from numbers import Real
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -126,9 +127,9 @@ def read_call(
     allowed = arguments.pop("prefix_allowed_tokens_fn", None)
     sequences = arguments.pop("num_return_sequences", (given or model.generation_config).num_return_sequences or 1)
     check_number("num_return_sequences", sequences, whole=True, least=1)
-    config = _merged(model, given, arguments)
+    config, differing = _merged(model, given, arguments)
     # of the model's own config, only what differs from transformers' defaults speaks
-    said = {} if as_text else model.generation_config.to_diff_dict()
+    said = {} if as_text else differing
     said |= {} if given is None else {name: value for name, value in vars(given).items() if value is not None}
     # 4.57's default length is nobody's wish
     spoken = {name: said[name] for name in _PER_ROW if name in said and (name, said[name]) != ("max_length", 20)}
@@ -182,7 +183,28 @@ def read_call(
     return padded, rows, config
 
 
-def _merged(model: Any, given: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
+_MERGED: WeakKeyDictionary[Any, tuple] = WeakKeyDictionary()  # of each model the last one
+
+
+def _merged(
+    model: Any, given: GenerationConfig | None, arguments: dict[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """`_merge`, and how the model's own config differs from transformers' defaults. Both are copies of the last ones
+    where all is as it was then: a stream's requests mostly ask alike, and merging takes longer than all else."""
+    own = model.generation_config
+    told = vars(own), given and vars(given), arguments
+    known = _MERGED.get(model)
+    try:
+        merged = known[1:] if known and known[0] == told else None
+    except (RuntimeError, ValueError):  # a tensor or an array is among it
+        merged = None
+    if merged is None:
+        merged = _merge(model, given, arguments), own.to_diff_dict()
+        _MERGED[model] = copy.deepcopy(told), *merged
+    return copy.copy(merged[0]), {**merged[1]}
+
+
+def _merge(model: Any, given: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
     """transformers' merge of the generation configs and the arguments, without what has no meaning here."""
     config, unknown = model._prepare_generation_config(given, **arguments)
     for name, off in _WITHOUT_EFFECT.items():

@@ -93,7 +93,7 @@ def measured(model, processor, folder: str) -> dict[str, float]:
     items = ((item, interviewer.questions(item)) for item in read_items([folder]))
     rows = [one.row for item, questions in items for one in interviewer.prepare(item, questions)]
     prepare_cpu = time.process_time() - prepare_cpu
-    ids = [row["input_ids"][0] for row in rows]
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
     pad = model.generation_config.pad_token_id or model.config.pad_token_id
     inputs = {
         "input_ids": pad_sequence(ids, True, pad, padding_side="left"),

@@ -1,12 +1,14 @@
 # Copyright 2026 The LocateAnything-batched authors. SPDX-License-Identifier: Apache-2.0
 """Items → questions → rows, read and preprocessed by threads ahead of the engine; its outputs → records."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import count, islice
 from pathlib import Path
@@ -17,7 +19,7 @@ from PIL import Image
 from .records import Detection, Record, detections, key_of
 from .sources import SEPARATOR, Item, read_items
 
-TOGETHER = 8  # questions about a picture in one call of the processor, which holds its patches as many times
+WAITING = 16  # rows before the engine, each of which holds its picture
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read and preprocess pictures
 VERBATIM = "prompt"  # the task of a question that was given whole and is none of the model's own
 
@@ -82,8 +84,11 @@ class Interviewer:
             image = item.load()
         except Exception as error:
             return [Prepared(question, error=str(error)) for question in questions]
-        groups = (questions[start : start + TOGETHER] for start in range(0, len(questions), TOGETHER))
-        return [prepared for group in groups for prepared in self._rows(image, group)]
+        try:
+            pixels = dict(self.processor.image_processor(image, return_tensors="pt"))
+        except Exception as error:
+            return [Prepared(question, size=image.size, error=str(error)) for question in questions]
+        return [self._row(question, pixels, image.size) for question in questions]
 
     def record(self, prepared: Prepared, output: Any = None) -> Record:
         """The record of a question, of its `GenerationOutput` or of the error that kept it from being asked."""
@@ -97,7 +102,7 @@ class Interviewer:
             begin, end = output.lifespan
             told |= {"finish_reason": output.finish_reason, "seconds": None if begin < 0 else round(end - begin, 4)}
         if error is not None:
-            error = re.sub(r"^(ValueError: |row 0: |images\[0\]\[0\]: )+", "", error)  # it is the only one
+            error = re.sub(r"^(ValueError: |row 0: |images\[0\]: )+", "", error)  # it is the only one
             return Record(**{**told, "finish_reason": "error"}, status="error", error=error)
         (found,) = self.processor.post_process_grounding(
             [output],
@@ -109,30 +114,12 @@ class Interviewer:
         own = question.classes.index(question.query) if question.query in question.classes else -1
         return Record(**told, status="ok", detections=tuple(detections(found, own)))
 
-    def _rows(self, image: Any, questions: Sequence[Question]) -> Iterator[Prepared]:
+    def _row(self, asked: Question, pixels: dict[str, Any], size: tuple[int, int]) -> Prepared:
         try:
-            texts = [q.text or self.processor.build_question(q.task, [q.query] if q.query else []) for q in questions]
-            inputs = self.processor.apply_chat_template(
-                [
-                    [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
-                    for text in texts
-                ],
-                add_generation_prompt=True,
-                tokenize=True,
-                padding=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+            text = asked.text or self.processor.build_question(asked.task, [asked.query] if asked.query else [])
+            return Prepared(asked, row_of(self.processor, text, pixels), size)
         except Exception as error:
-            if len(questions) == 1:
-                yield Prepared(questions[0], size=image.size, error=str(error))
-            else:
-                yield from (one for question in questions for one in self._rows(image, [question]))
-            return
-        patches = inputs["pixel_values"][: len(inputs["pixel_values"]) // len(questions)]
-        pixels = {"pixel_values": patches.clone(), "image_grid_hws": inputs["image_grid_hws"][:1]}
-        for question, ids, mask in zip(questions, inputs["input_ids"], inputs["attention_mask"], strict=True):
-            yield Prepared(question, {"input_ids": ids[mask.bool()][None], **pixels}, image.size)
+            return Prepared(asked, size=size, error=str(error))
 
     def _read_prompt(self, prompt: str) -> tuple[str, str]:
         """The task and the query of a question that the model was trained on."""
@@ -142,6 +129,27 @@ class Interviewer:
                 return task, prompt[len(before) : len(prompt) - len(behind)]
         is_all_text = prompt == self.processor.build_question("text")
         return ("text", "") if is_all_text else (VERBATIM, prompt)
+
+
+def row_of(processor: Any, question: str, pixels: dict[str, Any]) -> dict[str, Any]:
+    """The row that asks a question about a picture. pixels: what the image processor makes of it; rows may share it.
+
+    Raises:
+        ValueError: the processor refuses the question.
+    """
+    before, behind = _around(processor, question)
+    slots = int(pixels["image_grid_hws"].prod()) // math.prod(processor.image_processor.merge_kernel_size)
+    return {"input_ids": [*before, *[processor.image_token_id] * slots, *behind], **pixels}
+
+
+@lru_cache(4096)
+def _around(processor: Any, question: str) -> tuple[list[int], list[int]]:
+    """The tokens before a picture's and behind: the same for each picture, as tokens never reach into its slots."""
+    content = [{"type": "image", "image": Image.new("RGB", (28, 28))}, {"type": "text", "text": question}]
+    turns = [{"role": "user", "content": content}]
+    (ids,) = processor.apply_chat_template([turns], add_generation_prompt=True, tokenize=True)
+    slot = processor.image_token_id
+    return ids[: ids.index(slot)], ids[len(ids) - ids[::-1].index(slot) :]
 
 
 def scan(
@@ -207,7 +215,7 @@ def scan(
                 # One without a row fails in the engine, and so comes out in its turn
                 yield {"request_id": number, **(one.row or {})}
 
-    settings.setdefault("max_queue_size", 2 * TOGETHER)  # each holds its picture
+    settings.setdefault("max_queue_size", WAITING)
     settings["stopping_criteria"] = [] if keep_repetitions else [model.degenerate_answer_criteria()]
     pool = ThreadPoolExecutor(WORKERS, "scan")
     try:

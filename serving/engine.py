@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from scan.records import detections
+from scan.workers import row_of
 
 from .images import Limits, decode, read
 from .openai import APIError
@@ -56,7 +57,7 @@ class Engine:
         self.places = asyncio.Semaphore(rows + 2 * WORKERS)
         self.mail: deque[tuple[Job, int, Any]] = deque()  # from the engine's thread
         self.criterion = model.degenerate_answer_criteria()
-        self.box_end, self.image_end = processor.tokenizer.convert_tokens_to_ids(["</box>", "</img>"])
+        self.box_end = processor.tokenizer.convert_tokens_to_ids("</box>")
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -121,20 +122,9 @@ class Engine:
         picture, processor = self._decoded(source), self.processor
         if any("<image-" in query for query in queries):
             raise ValueError("queries: one says where a picture stands; expected what to look for.")
-        conversations = processor.questions(picture, list(queries) or ["all"], task)
-        if not queries:
-            conversations[0][0]["content"][1]["text"] = processor.build_question(task)
-        first = self._row(conversations[0])
-        # Up to the picture's end all prompts are the same, and tokens never reach across that mark
-        ids = first["input_ids"][0].tolist()
-        shared = ids[: len(ids) - ids[::-1].index(self.image_end)]
-        rows = [first]
-        for conversation in conversations[1:]:
-            text = processor.apply_chat_template(conversation, add_generation_prompt=True).partition("<image-1>")[2]
-            rest = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            prompt = torch.tensor([shared + rest])
-            rows.append({**first, "input_ids": prompt, "attention_mask": torch.ones_like(prompt)})
-        return rows, picture
+        pixels = dict(processor.image_processor(picture, return_tensors="pt"))
+        asked = [processor.build_question(task, query) for query in queries] or [processor.build_question(task)]
+        return [row_of(processor, question, pixels) for question in asked], picture
 
     # ---- rows → outputs
 

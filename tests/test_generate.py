@@ -153,11 +153,19 @@ def test_a_generation_config_speaks_and_arguments_overrule_it(lone):
 def test_the_models_generation_config_speaks(lone):
     default = lone.model.generation_config
     try:
-        lone.model.generation_config = GenerationConfig(max_new_tokens=4)
-        output = lone.model.generate(**lone.inputs, generation_mode="slow")
+        lone.model.generation_config = config = GenerationConfig(max_new_tokens=4)
+        first = lone.model.generate(**lone.inputs, generation_mode="slow")
+        end = config.eos_token_id = [int(first[0, -1])]
+        second = lone.model.generate(**lone.inputs, generation_mode="slow")
+        end[0] = int(first[0, -2])  # what was merged is kept, but not beyond a change in it
+        third = lone.model.generate(**lone.inputs, generation_mode="slow")
+        config.max_new_tokens, never = 6, torch.tensor([lone.model.pad_token_id] * 2)
+        last = [lone.model.generate(**lone.inputs, generation_mode="slow", eos_token_id=never) for _ in range(2)]
     finally:
         lone.model.generation_config = default
-    assert output.shape[1] == lone.input_ids.shape[1] + 4
+    assert len({int(token) for token in first[0, -4:]}) == 4
+    lengths = [each.shape[1] - lone.input_ids.shape[1] for each in (first, second, third, *last)]
+    assert lengths == [4, 4, 3, 6, 6]
 
 
 def sampled(**recipe) -> dict:

@@ -445,7 +445,7 @@ def test_rows_of_one_picture_have_the_prompts_that_the_processor_makes(server):
     rows, _ = server.engine._rows(picture, queries, "detect")
     for row, conversation in zip(rows, processor_of().questions(picture, queries), strict=True):
         whole = server.engine._row(conversation)
-        assert row["input_ids"].tolist() == whole["input_ids"].tolist()
+        assert [row["input_ids"]] == whole["input_ids"].tolist()
         assert torch.equal(row["pixel_values"], whole["pixel_values"])
         assert row["pixel_values"] is rows[0]["pixel_values"]
 
