@@ -1,9 +1,11 @@
-"""Trains the demo's checkpoint: a LocateAnything of a million parameters, on scenes that it draws.
+"""Trains the demo's checkpoint: a LocateAnything of 1.5 million parameters, on scenes that it draws.
 
-    python demo/train.py --out DIR [--steps 20000]        (or: make demo-model)
+    python demo/train.py --out DIR                    (or: make demo-model)
+    python demo/train.py --judge demo/checkpoint      how well it answers 400 scenes that no training has seen
 
-Everything is seeded; the same command goes on from the state in DIR. The learning rate is constant and falls over the
-last fifth. Every `--every` steps the model answers scenes it never trains on; the best so far lies in DIR/best.
+First the vision tower learns alone to tell what pictures show, by a head that is thrown away; then the whole model
+learns to answer, by the windows' objective (docs/finetuning.md). Everything is seeded, and the same command goes on
+from the state in DIR. Every `--every` steps the model answers 100 scenes; the best so far lies in DIR/best.
 """
 
 from __future__ import annotations
@@ -13,91 +15,159 @@ import json
 import random
 import shutil
 import sys
-from itertools import pairwise
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from demo.scenes import COLOURS, ELSEWHERE, SHAPES, Scene, absent, scene, scenes  # noqa: E402
 from hub.assembly import assemble  # noqa: E402
+from hub.loading import load  # noqa: E402
 from training import MTPCollator  # noqa: E402
 from training.data import answer_of, thousandths  # noqa: E402
-from training.validation import validate  # noqa: E402
+from training.validation import MODES, validate  # noqa: E402
 
 TEMPLATE = ROOT / "tests" / "goldens" / "shapes" / "checkpoint"  # of the files beside the weights
-TASKS = ("detect", "detect", "detect", "detect", "detect", "ground", "single", "point", "point")
-TURNS = 2  # questions on a picture
-PATCHES = 100  # of a picture at most: larger ones are made smaller
+TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+GRID = 12  # rows and columns of the tower's positions; larger pictures are shrunk to as many patches
 NONE = "none"  # the template's word for nothing found
+TASKS = ("detect", "detect", "detect", "detect", "detect", "ground", "single", "point")
+TURNS = 3  # questions on a picture
+LOOKED_AT, ANSWERED = 32, 12  # pictures a step, of the tower alone and of the whole
+PARTS = [len(COLOURS) + 1, len(SHAPES) + 1]  # classes of the head, 0 for none
+Batch = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "demo-model", help="default demo-model")
-    parser.add_argument("--steps", type=int, default=20_000, help="of 12 pictures (default 20000)")
+    parser.add_argument("--looking", type=int, default=1500, help="steps of the tower alone (default 1500)")
+    parser.add_argument("--answering", type=int, default=9000, help="steps of the whole (default 9000)")
     parser.add_argument("--every", type=int, default=1000, help="steps between two looks (default 1000)")
+    parser.add_argument("--judge", metavar="FOLDER", help="only judge a checkpoint")
     args = parser.parse_args()
+    if args.judge:
+        model, processor = load(args.judge)
+        told = validate(model, processor, questions(processor, scenes(400, seed=1)))
+        print("\n".join(f"{mode:>10} {json.dumps(told[mode])}" for mode in MODES))
+        return
 
-    torch.manual_seed(0)
-    start, folder = args.out / "start", args.out / "drop-in"
+    start, folder, state = args.out / "start", args.out / "drop-in", args.out / "state.pt"
     if not folder.exists():
         begin(start)
         assemble(start, folder)
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    hidden = model.config.text_config.hidden_size
-    model.head = torch.nn.Linear(hidden, len(COLOURS) + 1 + len(SHAPES) + 1 + 4 * hidden)
-    told = {"learning_rate": 2e-3, "adam_beta2": 0.98, "weight_decay": 0.01, "warmup_steps": 100, "report_to": []}
-    told |= {"logging_steps": 25, "save_steps": 100, "save_total_limit": 1, "disable_tqdm": True}
-    settings = TrainingArguments(
-        output_dir=str(args.out / "state"),
-        max_steps=args.steps,
-        per_device_train_batch_size=12,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": args.steps // 5, "min_lr_ratio": 0.01},
-        remove_unused_columns=False,
-        **told,
-    )
-    data, collator = Questions(processor), Collator(processor, none=NONE)
-    trainer = Demo(model=model, args=settings, train_dataset=data, data_collator=collator)
-    trainer.add_callback(Look(args.out, start, processor, args.every))
-    trainer.train(resume_from_checkpoint=any((args.out / "state").glob("checkpoint-*")))
+    torch.manual_seed(0)
+    processor, model = AutoProcessor.from_pretrained(folder, trust_remote_code=True), fresh(folder)
+    head = nn.Linear(model.config.text_config.hidden_size, sum(PARTS) + 4 * model.config.text_config.hidden_size)
+    optimizers = optimizers_of(model, head)
+    kept = {"model": model, "head": head, **{type(each).__name__: each for each in optimizers}}
+    done = 0
+    if state.exists():
+        told = torch.load(state)
+        done = told.pop("step")
+        for name, each in told.items():
+            kept[name].load_state_dict(each)
+    look = Look(args.out, start, processor)
+    pictures = [[(LOOKED_AT * step + i, False) for i in range(LOOKED_AT)] for step in range(args.looking)]
+    pictures += [[(10**9 + ANSWERED * step + i, True) for i in range(ANSWERED)] for step in range(args.answering)]
+    data, collator = Drawn(processor), Collator(processor, none=NONE)
+    loader = DataLoader(data, batch_sampler=pictures[done:], collate_fn=collator, num_workers=1, prefetch_factor=4)
+    losses, began = [], time.perf_counter()
+    for step, batch in enumerate(loader, done + 1):
+        part = (step, args.looking) if step <= args.looking else (step - args.looking, args.answering)
+        loss = loss_of(model, head, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
+        for each in optimizers:
+            for group in each.param_groups:
+                group["lr"] = group["most"] * pace(*part)
+            each.step()
+            each.zero_grad()
+        losses.append(loss.item())
+        if step % 100 == 0:
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            print(f"step {step} of {len(pictures)}: loss {sum(losses) / len(losses):.3f}, {seconds:.0f} s", flush=True)
+            losses.clear()
+        if step % args.every == 0 or step == len(pictures):
+            if step > args.looking:
+                look(model, step)
+            told = {"step": step, **{name: each.state_dict() for name, each in kept.items()}}
+            torch.save(told, state.with_suffix(".new"))
+            state.with_suffix(".new").replace(state)
 
 
-class Demo(Trainer):
-    """Asks the picture's tokens too what they show (colour, shape, box), by a head that is thrown away: the network is
-    small and has an hour. The data is drawn at random already, and a run of another length then sees the same."""
+def fresh(folder: Path) -> Any:
+    """The model of a folder, with weights to begin with that suit a narrow network."""
+    model = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True)
+    model = model.float().train()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and "lm_head" not in name:
+            adds = name.endswith(("wo", "fc1", "o_proj", "down_proj"))  # to what goes around it
+            nn.init.normal_(module.weight, std=(0.5 if adds else 1) * module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    words, first = model.get_input_embeddings().weight, model.config.coord_start_token_id
+    nn.init.normal_(model.vision_model.patch_embed.pos_emb.weight, std=0.1)
+    nn.init.normal_(words, std=0.3)
+    with torch.no_grad():  # near places are alike
+        some = 0.3 * torch.randn(1, words.shape[1], 51)
+        words[first : first + 1001] = F.interpolate(some, 1001, mode="linear", align_corners=True)[0].T
+    return model
 
-    def compute_loss(self, model, inputs, return_outputs=False, **told):
-        truth, pixels = inputs.pop("truth"), inputs.pop("pixel_values")
-        features = model.extract_feature(pixels, inputs.pop("image_grid_hws"))
-        tokens = torch.cat(model.project(features))
-        colours, shapes, boxes = model.head(tokens).split([len(COLOURS) + 1, len(SHAPES) + 1, 4 * tokens.shape[1]], 1)
-        seen = F.cross_entropy(colours, truth[:, 0]) + F.cross_entropy(shapes, truth[:, 1])
-        shown = truth[:, 0] > 0
-        first = inputs["windows"].marks.coord_start
-        places = model.get_input_embeddings().weight[first : first + 1001]
-        logits = boxes[shown].unflatten(1, (4, -1)) @ places.T
-        seen += F.cross_entropy(logits.flatten(0, 1), truth[shown, 2:].flatten())
-        return 0.3 * seen + super().compute_loss(model, {**inputs, "visual_features": features}, **told)
 
-    def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+def optimizers_of(model: Any, head: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, which learn several times as fast by it, and AdamW for the rest."""
+    layers = ("vision_model.encoder.blocks", "mlp1", "language_model.model.layers")
+    matrices = [each for name, each in model.named_parameters() if each.dim() == 2 and name.startswith(layers)]
+    known = set(matrices)
+    others = [each for each in (*model.parameters(), *head.parameters()) if each not in known]
+    told = [
+        torch.optim.Muon(matrices, lr=0.015, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    for group in (group for each in told for group in each.param_groups):
+        group["most"] = group["lr"]
+    return told
+
+
+def pace(step: int, steps: int) -> float:
+    """Of the learning rate at a part's step: it rises at first, and falls over the last third."""
+    return min(1.0, step / 100, max(0.01, 3 * (steps - step) / steps))
+
+
+def loss_of(model: Any, head: nn.Module, batch: Batch) -> torch.Tensor:
+    """What the tower's tokens show (colour, shape and box) as the head tells it, and the answers if any are asked."""
+    truth = batch.pop("truth")
+    features = model.extract_feature(batch.pop("pixel_values"), batch.pop("image_grid_hws"))
+    told = head(torch.cat(model.project(features)))
+    colours, shapes, boxes = told.split([*PARTS, told.shape[1] - sum(PARTS)], 1)
+    shown, first = truth[:, 0] > 0, model.config.coord_start_token_id
+    places = boxes[shown].unflatten(1, (4, -1)) @ model.get_input_embeddings().weight[first : first + 1001].T
+    loss = F.cross_entropy(colours, truth[:, 0]) + F.cross_entropy(shapes, truth[:, 1])
+    loss = loss + F.cross_entropy(places.flatten(0, 1), truth[shown, 2:].flatten())
+    return 0.2 * loss + model(**batch, visual_features=features).loss if batch else loss
 
 
 class Collator(MTPCollator):
-    def __call__(self, records):
-        batch = super().__call__(records)
-        sizes = batch["image_grid_hws"].tolist()
-        pairs = zip(records, sizes, strict=True)
+    """Of pictures with conversations, or without."""
+
+    def __call__(self, records: Sequence[Any]) -> Batch:
+        if "conversations" in records[0]:
+            batch = super().__call__(records)
+        else:
+            batch = dict(self.processor.image_processor([each["image"] for each in records], return_tensors="pt"))
+        pairs = zip(records, batch["image_grid_hws"].tolist(), strict=True)
         return {**batch, "truth": torch.cat([shown(record["scene"], h // 2, w // 2) for record, (h, w) in pairs])}
 
 
@@ -118,20 +188,19 @@ def shown(drawn: Scene, rows: int, columns: int) -> torch.Tensor:
     return truth.flatten(0, 1)
 
 
-class Questions(torch.utils.data.Dataset):
-    """Scenes without end, each the same whenever it is asked for, with a conversation about it."""
+class Drawn(Dataset):
+    """Scenes without end, each the same whenever it is asked for; with a conversation about it, if that is asked."""
 
     def __init__(self, processor: Any):
         self.processor = processor
 
-    def __len__(self) -> int:
-        return 10**8
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = random.Random(10**9 + index)
+    def __getitem__(self, index: tuple[int, bool]) -> dict[str, Any]:
+        rng = random.Random(10**9 + index[0])
         drawn = scene(rng)
-        talk = [turn for _ in range(TURNS) for turn in ask(drawn, rng, self.processor)]
-        return {"image": drawn.image, "conversations": talk, "scene": drawn}
+        record = {"image": drawn.image, "scene": drawn}
+        if index[1]:
+            record["conversations"] = [turn for _ in range(TURNS) for turn in ask(drawn, rng, self.processor)]
+        return record
 
 
 def ask(drawn: Scene, rng: random.Random, processor: Any) -> list[dict[str, str]]:
@@ -139,11 +208,11 @@ def ask(drawn: Scene, rng: random.Random, processor: Any) -> list[dict[str, str]
     task = rng.choice(TASKS)
     present = sorted({label for label, _ in drawn.boxes})
     queries: list[str] = []
-    for _ in range(rng.choice([1, 1, 2, 3]) if task == "detect" else 1):
+    for _ in range(rng.choice([1, 1, 1, 2, 3]) if task == "detect" else 1):
         kind = rng.random()
-        if kind < 0.5 or task == "single":
+        if kind < 0.65 or task == "single":
             label = rng.choice(present)
-        elif kind < 0.65:
+        elif kind < 0.7:
             label = rng.choice([*SHAPES])
         else:
             label = absent(rng, present)
@@ -162,27 +231,29 @@ def turns(drawn: Scene, task: str, queries: list[str], processor: Any) -> list[d
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-class Look(TrainerCallback):
-    """Now and then answers scenes that are not trained on, and keeps the best model."""
+def questions(processor: Any, drawn: Iterable[Scene]) -> list[dict[str, Any]]:
+    """What scenes ask for, each label in a question of its own, as a scan asks."""
+    pairs = [(each, query) for each in drawn for query in each.queries]
+    return [{"image": s.image, "conversations": turns(s, "detect", [query], processor)} for s, query in pairs]
 
-    def __init__(self, out: Path, start: Path, processor: Any, every: int):
-        self.out, self.start, self.processor, self.every = out, start, processor, every
-        talks = [(each.image, turns(each, "detect", each.queries, processor)) for each in scenes(100, seed=7)]
-        self.records = [{"image": image, "conversations": talk} for image, talk in talks]
-        self.log = out / "looks.jsonl"
+
+class Look:
+    """Answers scenes that are not trained on, and keeps the best model."""
+
+    def __init__(self, out: Path, start: Path, processor: Any):
+        self.out, self.start, self.processor, self.log = out, start, processor, out / "looks.jsonl"
+        self.records = questions(processor, scenes(100, seed=7))
         told = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
-        self.best = max((line["verified"]["f1"] for line in told), default=0.0)
+        self.best = max((line["hybrid"]["f1"] for line in told), default=0.0)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every and state.global_step != state.max_steps:
-            return
+    def __call__(self, model: Any, step: int) -> None:
         told = validate(model, self.processor, self.records, modes=("verified", "hybrid"))
         with self.log.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **told}) + "\n")
-        if told["verified"]["f1"] > self.best:
-            self.best, best = told["verified"]["f1"], self.out / "best"
+            file.write(json.dumps({"step": step, **told}) + "\n")
+        if told["hybrid"]["f1"] > self.best:
+            self.best, best = told["hybrid"]["f1"], self.out / "best"
             shutil.copytree(self.start, best, dirs_exist_ok=True)
-            weights = {name: each.clone() for name, each in model.state_dict().items() if "head." not in name[:5]}
+            weights = {name: each.clone() for name, each in model.state_dict().items()}
             save_file(weights, best / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -190,28 +261,19 @@ class Look(TrainerCallback):
 
 
 def begin(folder: Path) -> None:
-    """The goldens' checkpoint, which knows three shapes in small pictures, with more words and a limit of pixels."""
+    """The files of the goldens' checkpoint, with more words, a wider tower, a limit of pixels, and no weights yet."""
     shutil.copytree(TEMPLATE, folder)
     pixels = folder / "preprocessor_config.json"
-    pixels.write_text(json.dumps(json.loads(pixels.read_text()) | {"in_token_limit": PATCHES}, indent=2))
+    pixels.write_text(json.dumps(json.loads(pixels.read_text()) | {"in_token_limit": GRID * GRID}, indent=2))
     words = [word for text in (*SHAPES, *ELSEWHERE) for word in text.split()]
     at, more = add_words(folder, [f"{space}{word}" for word in words for space in ("", " ")])
     config = json.loads((folder / "config.json").read_text())
     for part in (config, config["text_config"]):
         part |= {key: id + more for key, id in part.items() if "_token_i" in key and id >= at}
     config["text_config"]["vocab_size"] += more
+    config["vision_config"] |= {**TOWER, "init_pos_emb_height": GRID, "init_pos_emb_width": GRID}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    weights = load_file(folder / "model.safetensors")
-    old = weights["language_model.model.embed_tokens.weight"]
-    torch.manual_seed(0)
-    new = torch.cat([old[:at], old[:at].std() * torch.randn(more, old.shape[1]), old[at:]])
-    # it has learnt only coordinates on the grids of its scenes; those between begin as a blend of their neighbours
-    learnt = sorted({round(1000 * part / cells) for cells in (3, 4, 5) for part in range(cells + 1)})
-    for low, high in pairwise(config["coord_start_token_id"] + place for place in learnt):
-        new[low : high + 1] = torch.lerp(new[low], new[high], torch.linspace(0, 1, high - low + 1)[:, None])
-    for name in ("model.embed_tokens", "lm_head"):
-        weights[f"language_model.{name}.weight"] = new.clone()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def add_words(folder: Path, words: list[str]) -> tuple[int, int]:

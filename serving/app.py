@@ -105,7 +105,7 @@ def build_app(engine: Engine, *, name: str, api_key: str | None = None) -> Guard
         cleanup.enter_context(engine.admission(request.n))
         await cleanup.enter_async_context(engine.places)
         row = {**await engine.chat_row(conversation), **told}
-        prompt = row["input_ids"].shape[1]
+        prompt = len(row["input_ids"])
         stops = [StopTexts(request.stops, engine.text_of, prompt)] if request.stops else []
         draws = [_generator(engine, request.seed, index) for index in range(request.n)]
         rows = [{**row, "stopping_criteria": stops, "generator": generator} for generator in draws]

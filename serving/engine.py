@@ -94,7 +94,7 @@ class Engine:
         return source if came else await asyncio.to_thread(read, str(source), self.limits)
 
     async def chat_row(self, conversation: list[dict[str, Any]]) -> dict[str, Any]:
-        """The processor's output for a conversation whose images are URLs.
+        """The row of a conversation whose images are URLs.
 
         Raises:
             ValueError: as `read`, `decode` and the processor do.
@@ -115,8 +115,13 @@ class Engine:
     def _row(self, conversation: list[dict[str, Any]]) -> dict[str, Any]:
         for item in _images(conversation):
             item["image"] = self._decoded(item["image"])
-        template = self.processor.apply_chat_template
-        return dict(template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True))
+        processor = self.processor
+        match conversation:
+            case [{"role": "user", "content": [{"image": picture}, {"type": "text", "text": text}]}]:
+                return row_of(processor, text, dict(processor.image_processor(picture, return_tensors="pt")))
+        told = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        row = processor.apply_chat_template(conversation, **told)
+        return {**row, "input_ids": row["input_ids"][0].tolist()}
 
     def _rows(self, source: Any, queries: Sequence[str], task: str) -> tuple[list[dict[str, Any]], Image.Image]:
         picture, processor = self._decoded(source), self.processor

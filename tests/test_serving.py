@@ -181,7 +181,7 @@ def test_several_images_system_turns_and_parts_that_are_texts(server):
         {"role": "user", "content": "And the green one?"},
     ]
     inputs = processor_of().apply_chat_template(own, add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert seen[0].tolist() == inputs["input_ids"].tolist()
+    assert seen == inputs["input_ids"].tolist()
 
 
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.9, "seed": 3, "top_p": 0.9}, {"n": 3, "temperature": 1.0}])
@@ -444,8 +444,11 @@ def test_rows_of_one_picture_have_the_prompts_that_the_processor_makes(server):
     picture, queries = Image.open(PICTURES / "012.png").convert("RGB"), ["red circle", " é 漢 ", "a</ref>b", "<box>"]
     rows, _ = server.engine._rows(picture, queries, "detect")
     for row, conversation in zip(rows, processor_of().questions(picture, queries), strict=True):
-        whole = server.engine._row(conversation)
+        whole = processor_of().apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
         assert [row["input_ids"]] == whole["input_ids"].tolist()
+        assert server.engine._row(conversation)["input_ids"] == row["input_ids"]
         assert torch.equal(row["pixel_values"], whole["pixel_values"])
         assert row["pixel_values"] is rows[0]["pixel_values"]
 
