@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from serving.images import Limits
 
     try:
-        model, processor = load(args.model or str(DEMO_MODEL), device=args.device, dtype=args.dtype)
+        model, processor = load(args.model or str(DEMO_MODEL), device=args.device, dtype=args.dtype, quantize=args.quantize)
     except ModelError as error:
         sys.exit(f"serve.py: {error}")
     limits = Limits(
@@ -94,6 +94,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--allow-remote-images", action="store_true", help=remote)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--quantize", choices=("int8",), help="products of 8 bits, on a CPU")
     args = parser.parse_args(argv)
     if small := [name for name, value in vars(args).items() if type(value) is int and value < (name != "port")]:
         parser.error(f"--{small[0].replace('_', '-')}: expected 1 or more")

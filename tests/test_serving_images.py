@@ -5,6 +5,7 @@ import contextlib
 import io
 import random
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -12,6 +13,7 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import trustme
 from PIL import Image
 
 from serving import images
@@ -104,8 +106,9 @@ def test_a_broken_picture_is_a_value_error_whatever_pil_makes_of_it(kind):
 
 
 @contextlib.contextmanager
-def web(answer):
-    """A server on loopback that answers each path by `answer(handler)`; yields (address, paths that were asked)."""
+def web(answer, certificate=None):
+    """A server on loopback that answers each path by `answer(handler)`; yields (address, paths that were asked).
+    certificate: trustme's, for https."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -119,8 +122,12 @@ def web(answer):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            certificate.configure_cert(context)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http{'s' if certificate else ''}://127.0.0.1:{server.server_port}", asked
         server.shutdown()
 
 
@@ -195,6 +202,27 @@ def test_a_remote_picture_is_fetched_through_redirects(loopback_is_public):
     with web(answer) as (address, asked):
         assert read(f"{address}/first é.png#part", REMOTE) == png()
         assert asked == ["/first%20%C3%A9.png", "/second.png?a=b%20c"]
+
+
+def test_over_https_the_name_in_the_address_must_be_the_certificates(loopback_is_public, monkeypatch, tmp_path):
+    real, ours = socket.getaddrinfo, trustme.CA()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda _, *a, **k: real("127.0.0.1", *a, **k))
+    ours.cert_pem.write_to_path(tmp_path / "ca.pem")
+
+    def fetched(authority, *names):
+        with web(lambda handler: reply(handler, 200, png()), authority.issue_cert(*names)) as (address, asked):
+            try:
+                return read(address.replace("127.0.0.1", "pictures.example"), REMOTE) == png()
+            finally:
+                assert len(asked) <= 1
+
+    with pytest.raises(ValueError, match="no picture"):
+        fetched(ours, "pictures.example")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    assert fetched(ours, "pictures.example")
+    for authority, name in ((ours, "127.0.0.1"), (ours, "other.example"), (trustme.CA(), "pictures.example")):
+        with pytest.raises(ValueError, match="no picture"):
+            fetched(authority, name)
 
 
 @pytest.mark.parametrize("target", TARGETS)
