@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     from serving.images import Limits
 
     try:
-        model, processor = load(args.model or str(DEMO_MODEL), device=args.device, dtype=args.dtype, quantize=args.quantize)
+        model, processor = load(
+            args.model or str(DEMO_MODEL), device=args.device, dtype=args.dtype, quantize=args.quantize
+        )
     except ModelError as error:
         sys.exit(f"serve.py: {error}")
     limits = Limits(

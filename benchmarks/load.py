@@ -2,11 +2,11 @@
 
     python benchmarks/load.py --rows 10000 --stream 10000 --calls 20000 [--slots 32] [--json FILE]
 
-Rows are drawn from seeds: scenes (scenes.py), questions, modes, limits and sampling parameters, greedy or sampled with
-a generator of the row's own. Each distinct row is first run alone. Then come `--rows` of them through one `generate`
-call; `--stream` requests, from ten threads at random times, a tenth of them cancelled at random times; and `--calls`
-calls of one to three rows. It prints rows or calls a second, resident memory at marks on the way, and how many rows
-differ from themselves alone, in tokens or forwards; where any does, it exits with status 1.
+Rows are drawn from seeds: scenes (demo/scenes.py), questions, modes, limits and sampling parameters, greedy or sampled
+with a generator of the row's own. Each distinct row is first run alone. Then come `--rows` of them through one
+`generate` call; `--stream` requests, from ten threads at random times, a tenth of them cancelled at random times; and
+`--calls` calls of one to three rows. It prints rows or calls a second, resident memory at marks on the way, and how
+many rows differ from themselves alone, in tokens or forwards; where any does, it exits with status 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import DEMO, count, environment, print_json, resident  # noqa: E402
-from benchmarks.scenes import scenes  # noqa: E402
+from demo.scenes import scenes  # noqa: E402
 from hub.loading import load  # noqa: E402
 
 MODES = ("hybrid", "fast", "slow", "verified")

@@ -3,10 +3,10 @@
     python benchmarks/precision.py [--batch 16] [--scenes 200] [--json FILE]
 
 First the recorded goldens (tests/goldens), whose float32 answers are the stock model's own: rows identical. Greedy
-rows only: a sampled row in another precision is another draw. Then scenes that the small checkpoint has not seen
-(scenes.py): rows identical to float32's here, the mean IoU of each float32 box and the best of its label here, and
-precision and recall of the boxes at IoU 0.5, as in modes.py. Measured, not asserted: an argmax on a near-tie can flip,
-and in half precision a product's rounding depends on the batch's shape; int8 rows (hub/loading.py) do not.
+rows only: a sampled row in another precision is another draw. Then scenes that the demo's checkpoint has not seen,
+asked as in modes.py: rows identical to float32's here, the mean IoU of each float32 box and the best of its label
+here, and precision and recall of the boxes at IoU 0.5. Measured, not asserted: an argmax on a near-tie can flip, and
+in half precision a product's rounding depends on the batch's shape; int8 rows (hub/loading.py) do not.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import count, environment, print_json  # noqa: E402
-from benchmarks.modes import answers_of, inputs_of, quality  # noqa: E402
-from benchmarks.scenes import scenes  # noqa: E402
+from benchmarks.common import DEMO, count, environment, print_json  # noqa: E402
+from benchmarks.modes import answers_of, asked, inputs_of, quality  # noqa: E402
 from hub.loading import load  # noqa: E402
 from training.validation import overlap  # noqa: E402
 
@@ -63,10 +62,10 @@ def main() -> None:
                 print(f"{name:13} {form:14} batch {size:3}: {same}/{len(cases)} rows identical", flush=True)
     print(f"\n{arguments.scenes} scenes\n| form | rows as float32 | IoU of boxes | precision | recall |")
     print("|---|---|---|---|---|")
-    drawn = list(scenes(arguments.scenes, 0))
+    drawn = asked(arguments.scenes, 0)
     exact: tuple[list, list] | None = None
     for form, options in FORMS.items():
-        model, processor = load(str(CHECKPOINTS["shapes"]), device="cpu", **options)
+        model, processor = load(str(DEMO), device="cpu", **options)
         inputs = inputs_of(processor, drawn)
         output = model.generate(**inputs, max_new_tokens=256, return_dict_in_generate=True, output_scores=True)
         answers = answers_of(output)

@@ -3,7 +3,7 @@
     python benchmarks/scan.py --pictures 400 --rounds 3
     python benchmarks/scan.py --make frames --pictures 49016      # only draws the pictures, for locate.py
 
-Pictures are drawn scenes (scenes.py), with two queries each. The scan starts at their files, `generate` with every row
+Pictures are the demo's scenes, with two queries each. The scan starts at their files, `generate` with every row
 preprocessed and in memory. Wall time beside other work says little; seconds of CPU are printed too: of the whole scan,
 of its engine's steps alone, of `generate`, and of reading and preprocessing.
 """
@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose scan.py is not the package
 from common import DEMO, count, environment, print_json
-from scenes import scenes
+
+from demo.scenes import scenes
 
 QUERIES = ("red circle", "blue square")
 DISTINCT = 400

@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py [--rows 512] [--clients 1,8,64] [--load 50,80] [--model demo/checkpoint] [--json FILE]
 
-The rows are scenes (scenes.py), one question each, greedy, every one another picture. First `generate` answers them in
+The rows are the demo's scenes, one question each, greedy, every one another picture. First `generate` answers them in
 this process, the processor's work included and left out. Then serve.py runs in a process of its own, and as many
 clients as told each send their next request when the last one is answered: rows/s, and as a share of generate's. At
 last requests arrive by chance (Poisson, open loop: nobody waits for anybody) at shares of the rate that was reached,
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import DEMO, count, counts, environment, print_json  # noqa: E402
-from benchmarks.scenes import scenes  # noqa: E402
+from demo.scenes import scenes  # noqa: E402
 from hub.loading import load  # noqa: E402
 
 SLOTS = 32  # rows decoded at a time, by generate and by the server

@@ -1,11 +1,11 @@
 """Trains the demo's checkpoint: a LocateAnything of 1.5 million parameters, on scenes that it draws.
 
-    python demo/train.py --out DIR                    (or: make demo-model)
-    python demo/train.py --judge demo/checkpoint      how well it answers 400 scenes that no training has seen
+    python demo/train.py --out DIR        (or: make demo-model)
 
 First the vision tower learns alone to tell what pictures show, by a head that is thrown away; then the whole model
 learns to answer, by the windows' objective (docs/finetuning.md). Everything is seeded, and the same command goes on
-from the state in DIR. Every `--every` steps the model answers 100 scenes; the best so far lies in DIR/best.
+from the state in DIR. Every `--every` steps the model answers 100 scenes; the best so far lies in DIR/best, and
+`python benchmarks/modes.py --checkpoint DIR/best` judges it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ sys.path.insert(0, str(ROOT))
 
 from demo.scenes import COLOURS, ELSEWHERE, SHAPES, Scene, absent, scene, scenes  # noqa: E402
 from hub.assembly import assemble  # noqa: E402
-from hub.loading import load  # noqa: E402
 from training import MTPCollator  # noqa: E402
 from training.data import answer_of, thousandths  # noqa: E402
-from training.validation import MODES, validate  # noqa: E402
+from training.validation import validate  # noqa: E402
 
 TEMPLATE = ROOT / "tests" / "goldens" / "shapes" / "checkpoint"  # of the files beside the weights
 TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
@@ -55,14 +54,7 @@ def main() -> None:
     parser.add_argument("--looking", type=int, default=1500, help="steps of the tower alone (default 1500)")
     parser.add_argument("--answering", type=int, default=9000, help="steps of the whole (default 9000)")
     parser.add_argument("--every", type=int, default=1000, help="steps between two looks (default 1000)")
-    parser.add_argument("--judge", metavar="FOLDER", help="only judge a checkpoint")
     args = parser.parse_args()
-    if args.judge:
-        model, processor = load(args.judge)
-        told = validate(model, processor, questions(processor, scenes(400, seed=1)))
-        print("\n".join(f"{mode:>10} {json.dumps(told[mode])}" for mode in MODES))
-        return
-
     start, folder, state = args.out / "start", args.out / "drop-in", args.out / "state.pt"
     if not folder.exists():
         begin(start)
