@@ -44,7 +44,7 @@ def draw(image: Image.Image, detections: Iterable[Detection], colours: dict[str,
     width = max(1, round(min(canvas.size) / 200))
     found = sorted(detections, key=lambda one: -(one.score or 0.0))
     for one in reversed(found):
-        colour = colours.setdefault(one.label, _colour(len(colours)))
+        colour = colours.setdefault(one.label, colour_of(len(colours)))
         if one.box:  # a dark and a light line about the coloured one show on any background
             pen.rectangle(_grown(one.box, 2), outline="black")
             pen.rectangle(_grown(one.box, 1), outline="white", width=width + 2)
@@ -135,8 +135,8 @@ def _has(name: str | None, character: str) -> bool:
     return bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))  # what is drawn for missing ones
 
 
-def _colour(index: int) -> Colour:
-    # Steps of the golden ratio keep any number of hues apart
+def colour_of(index: int) -> Colour:
+    """RGB; steps of the golden ratio keep any number of hues apart."""
     red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.9, 0.95 - 0.3 * (index % 2))
     return round(red * 255), round(green * 255), round(blue * 255)
 

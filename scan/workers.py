@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from .records import Detection, Record, detections, key_of
+from .records import Record, detections, key_of
 from .sources import SEPARATOR, Item, read_items
 
 WAITING = 16  # rows before the engine, each of which holds its picture
@@ -250,15 +250,14 @@ def draw_pictures(
     Yields:
         For each picture with an answer None, or why it is not drawn.
     """
-    from .drawing import draw  # here and not above, as a scan that is a library need not draw
+    from .drawing import colour_of, draw  # here and not above, as a scan that is a library need not draw
     from .formats import Dataset, Picture
 
     items: Iterable[Item] = read_items(sources, fps=fps, every=every)
     if most is not None:
         items = list(islice(items, most))
-    data, colours = Dataset(folder), dict[str, Any]()
-    # Each category has its colour before threads ask for them
-    draw(Image.new("RGB", (1, 1)), (Detection(name, 0, point=(0.0, 0.0)) for name in data.categories), colours)
+    data = Dataset(folder)
+    colours = {name: colour_of(index) for index, name in enumerate(data.categories)}  # before threads ask for them
     left = set(data.answers) if most is None else {(item.source, item.frame) for item in items} & data.answers.keys()
 
     def work() -> Iterator[tuple[Item, Picture]]:
