@@ -174,16 +174,7 @@ class Attention:
         other; by the answers alone it takes hours.
         """
         self.hook.remove()
-        ids, labels, first = batch["input_ids"][0], batch["labels"][0], model.config.coord_start_token_id
-        coordinate = (labels >= first) & (labels <= first + 1000)
-        begins = coordinate & ~coordinate.roll(1)
-        for step in range(1, 4):
-            begins &= coordinate.roll(-step)
-        asking, image = begins.nonzero()[:, 0], (ids == model.image_token_index).nonzero()[:, 0]
-        boxes = labels[asking[:, None] + torch.arange(4)] - first
-        sample = batch["windows"].places[0]
-        mine = sample[asking][:, None] == sample[image]
-        shows = mine & (truth[:, 0] > 0) & (boxes[:, None] == truth[:, 2:]).all(-1)
+        asking, image, mine, shows = places_of(batch, truth, model)
         attention, hidden = self.layer.self_attn, self.layer.input_layernorm(self.hidden)
         turned = apply_rotary_pos_emb(
             attention.q_proj(hidden)[..., None, : attention.head_dim],
@@ -193,9 +184,25 @@ class Attention:
         )
         query, key = (each[0, places, 0] for each, places in zip(turned, (asking, image), strict=True))
         scores = (query @ key.T * attention.scaling).masked_fill(~mine, -torch.inf)
-        known = shows.any(1)
-        right = scores[known].masked_fill(~shows[known], -torch.inf)
-        return (scores[known].logsumexp(1) - right.logsumexp(1)).mean()
+        right = scores.masked_fill(~shows, -torch.inf)
+        return (scores.logsumexp(1) - right.logsumexp(1)).mean()
+
+
+def places_of(batch: Batch, truth: torch.Tensor, model: Any) -> tuple[torch.Tensor, ...]:
+    """Where a box begins to be said, and where the pictures' tokens are; `[boxes, tokens]` bool, whether a token is of
+    that box's picture, and whether it shows its thing. Boxes of things that no token shows are left out."""
+    ids, labels, first = batch["input_ids"][0], batch["labels"][0], model.config.coord_start_token_id
+    coordinate = (labels >= first) & (labels <= first + 1000)
+    begins = coordinate & ~coordinate.roll(1)
+    for step in range(1, 4):  # and a point does not
+        begins &= coordinate.roll(-step)
+    asking, image = begins.nonzero()[:, 0], (ids == model.image_token_index).nonzero()[:, 0]
+    boxes = labels[asking[:, None] + torch.arange(4)] - first
+    sample = batch["windows"].places[0]
+    mine = sample[asking][:, None] == sample[image]
+    shows = mine & (truth[:, 0] > 0) & (boxes[:, None] == truth[:, 2:]).all(-1)
+    known = shows.any(1)
+    return asking[known], image, mine[known], shows[known]
 
 
 class Collator(MTPCollator):

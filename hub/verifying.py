@@ -10,8 +10,8 @@ from huggingface_hub.utils.sha import git_hash
 from hub.assembly import MODEL_ENTRIES, PROJECT, build, is_weights, open_base, plan, remote_code_files
 from hub.errors import HubError
 
-IMAGE = PROJECT / "demo" / "images" / "065.png"
-QUESTION = "Locate all the instances that matches the following description: orange square</c>yellow triangle."
+IMAGE = PROJECT / "demo" / "images" / "1.png"
+QUESTION = "Locate all the instances that matches the following description: red diamond</c>orange cross."
 
 
 def verify(

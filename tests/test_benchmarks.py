@@ -55,7 +55,7 @@ def test_the_gate(monkeypatch, capsys, wrong):
     ("arguments", "message"),
     [
         (("demo/checkpoint", "no.png"), "image 'no.png': .*there is no such file"),
-        (("demo/images", "demo/images/002.png"), "base: .*demo/images lacks config.json"),
+        (("demo/images", "demo/images/1.png"), "base: .*demo/images lacks config.json"),
         (("demo/checkpoint", "--new-tokens", "0"), "got '0'; expected a whole number of 1 or more"),
     ],
 )

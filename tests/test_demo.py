@@ -50,6 +50,15 @@ def test_a_scene_is_the_same_each_time_and_its_truth_is_asked_for(start):
     for label, (left, top, right, bottom) in drawn.boxes:
         told = shown[int((top + bottom) / 2000 * rows), int((left + right) / 2000 * columns)]
         assert f"{[*COLOURS][told[0] - 1]} {[*SHAPES][told[1] - 1]}" == label
+    asking, image, mine, shows = train.places_of(batch, truth, model)
+    said = [
+        told.count("</box>") for told in (turn["value"] for each in (first, later) for turn in each["conversations"])
+    ]
+    assert len(image) == len(truth) and 0 < len(asking) <= 2 * sum(said)  # as next tokens, and in windows
+    assert (shows <= mine).all()
+    for place, tokens in zip(asking, shows, strict=True):
+        box = batch["labels"][0, place : place + 4] - model.config.coord_start_token_id
+        assert (truth[tokens][:, 2:] == box).all() and tokens.any()
     for drawn in scenes(20):
         assert {label for label, _ in drawn.boxes} <= {*LABELS}
         answer = train.turns(drawn, "detect", drawn.queries, processor)[1]["value"]

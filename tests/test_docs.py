@@ -41,7 +41,7 @@ def workplace(tmp_path_factory) -> Path:
 
     place = tmp_path_factory.mktemp("docs")
     assemble(CHECKPOINTS["shapes"], place / "LocateAnything-3B-batched")
-    for name, demo in {"street.jpg": "002.png", "screen.png": "041.png", "yard.jpg": "065.png"}.items():
+    for name, demo in {"street.jpg": "1.png", "screen.png": "2.png", "yard.jpg": "6.png"}.items():
         Image.open(ROOT / "demo" / "images" / demo).convert("RGB").save(place / name)
     (place / "demo").symlink_to(ROOT / "demo")
     requests = [{"image": "street.jpg", "query": "person</c>car"}, {"image": "yard.jpg", "query": "dog"}]
