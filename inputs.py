@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Real
@@ -192,7 +193,7 @@ def _merged(
     """`_merge`, and how the model's own config differs from transformers' defaults. Both are copies of the last ones
     where all is as it was then: a stream's requests mostly ask alike, and merging takes longer than all else."""
     own = model.generation_config
-    told = vars(own), given and vars(given), arguments
+    told = vars(own), given and vars(given), model.pad_token_id, arguments
     known = _MERGED.get(model)
     try:
         merged = known[1:] if known and known[0] == told else None
@@ -200,7 +201,8 @@ def _merged(
         merged = None
     if merged is None:
         merged = _merge(model, given, arguments), own.to_diff_dict()
-        _MERGED[model] = copy.deepcopy(told), *merged
+        with suppress(TypeError, RuntimeError):  # what cannot be copied is not kept
+            _MERGED[model] = copy.deepcopy((told, *merged))
     return copy.copy(merged[0]), {**merged[1]}
 
 

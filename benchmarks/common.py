@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo" / "checkpoint"
+TINY = ROOT / "tests" / "goldens" / "shapes" / "checkpoint"
 
 
 def count(text: str) -> int:
@@ -54,13 +55,13 @@ def import_drop_in() -> Any:
 
 
 def config_of(scale: str, layers: list[int] | None = None) -> Any:
-    """tiny: the demo checkpoint's shape. full: the 3B model's. mid: in between, for a quick look.
+    """tiny: the shape of a checkpoint of the goldens. full: the 3B model's. mid: in between, for a quick look.
 
     layers: of the decoder and of the vision tower, if not all.
     """
     from locateanything.configuration import LocateAnythingConfig
 
-    config = LocateAnythingConfig.from_pretrained(DEMO) if scale == "tiny" else LocateAnythingConfig()
+    config = LocateAnythingConfig.from_pretrained(TINY) if scale == "tiny" else LocateAnythingConfig()
     if scale == "mid":
         for name, value in {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}.items():
             setattr(config.text_config, name, value)

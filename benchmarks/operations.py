@@ -2,7 +2,7 @@
 
     python -m benchmarks.operations [--graphs]
 
-A count, not a time: it needs no accelerator. Layers are counted on the demo checkpoint's four, and told for 36.
+A count, not a time: it needs no accelerator. Layers are counted on the goldens' four, and told for 36.
 """
 
 from __future__ import annotations

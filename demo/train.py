@@ -152,40 +152,32 @@ def loss_of(model: Any, head: nn.Module, batch: Batch) -> torch.Tensor:
     loss = loss + F.cross_entropy(places.flatten(0, 1), truth[shown, 2:].flatten())
     if not batch:
         return loss
-    seen = Attention(model.language_model.model, layer=2)
-    loss = 0.2 * loss + model(**batch, visual_features=features).loss
-    return loss + seen.loss(batch, truth, model)
+    layer, kept = model.language_model.model.layers[2], list[Any]()
+    hook = layer.register_forward_pre_hook(lambda _, args: kept.extend(args))
+    answers = model(**batch, visual_features=features).loss
+    hook.remove()
+    return 0.2 * loss + answers + astray(model, layer, kept[0], batch, truth)
 
 
-class Attention:
-    """Where the first head of one of the decoder's layers looks, in the pass that comes."""
+def astray(model: Any, layer: nn.Module, hidden: torch.Tensor, batch: Batch, truth: torch.Tensor) -> torch.Tensor:
+    """How far the first head of a layer of the decoder is from looking, where a box begins to be said, at the tokens
+    that show its thing and at no others of its picture.
 
-    def __init__(self, decoder: Any, layer: int):
-        self.decoder, self.layer = decoder, decoder.layers[layer]
-        self.hook = self.layer.register_forward_pre_hook(self._keep, with_kwargs=True)
-
-    def _keep(self, _: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        self.hidden = args[0] if args else kwargs["hidden_states"]
-
-    def loss(self, batch: Batch, truth: torch.Tensor, model: Any) -> torch.Tensor:
-        """Low where the places that say a box look at the tokens that show its thing, and not at the picture's others.
-
-        Told so, the decoder finds in minutes what a question, an answer so far and a picture have to do with each
-        other; by the answers alone it takes hours.
-        """
-        self.hook.remove()
-        asking, image, mine, shows = places_of(batch, truth, model)
-        attention, hidden = self.layer.self_attn, self.layer.input_layernorm(self.hidden)
-        turned = apply_rotary_pos_emb(
-            attention.q_proj(hidden)[..., None, : attention.head_dim],
-            attention.k_proj(hidden)[..., None, : attention.head_dim],
-            *self.decoder.rotary_emb(hidden, batch["position_ids"]),
-            unsqueeze_dim=2,
-        )
-        query, key = (each[0, places, 0] for each, places in zip(turned, (asking, image), strict=True))
-        scores = (query @ key.T * attention.scaling).masked_fill(~mine, -torch.inf)
-        right = scores.masked_fill(~shows, -torch.inf)
-        return (scores.logsumexp(1) - right.logsumexp(1)).mean()
+    Told so, the decoder finds in minutes what a question, an answer so far and a picture have to do with each other;
+    by the answers alone it takes hours. hidden: the layer's input.
+    """
+    asking, image, mine, shows = places_of(batch, truth, model)
+    attention, hidden = layer.self_attn, layer.input_layernorm(hidden)
+    turned = apply_rotary_pos_emb(
+        attention.q_proj(hidden)[..., None, : attention.head_dim],
+        attention.k_proj(hidden)[..., None, : attention.head_dim],
+        *model.language_model.model.rotary_emb(hidden, batch["position_ids"]),
+        unsqueeze_dim=2,
+    )
+    query, key = (each[0, places, 0] for each, places in zip(turned, (asking, image), strict=True))
+    scores = (query @ key.T * attention.scaling).masked_fill(~mine, -torch.inf)
+    right = scores.masked_fill(~shows, -torch.inf)
+    return (scores.logsumexp(1) - right.logsumexp(1)).mean()
 
 
 def places_of(batch: Batch, truth: torch.Tensor, model: Any) -> tuple[torch.Tensor, ...]:

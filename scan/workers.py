@@ -20,6 +20,7 @@ from .records import Record, detections, key_of
 from .sources import SEPARATOR, Item, read_items
 
 WAITING = 16  # rows before the engine, each of which holds its picture
+REMEMBERED = 200  # characters of a question, at most, whose tokens are kept for the next picture
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read and preprocess pictures
 VERBATIM = "prompt"  # the task of a question that was given whole and is none of the model's own
 
@@ -80,14 +81,12 @@ class Interviewer:
 
     def prepare(self, item: Item, questions: Sequence[Question]) -> list[Prepared]:
         """The rows of a picture's questions. Whatever is wrong with it is told in them: threads must not end of it."""
+        image: Any = None
         try:
             image = item.load()
-        except Exception as error:
-            return [Prepared(question, error=str(error)) for question in questions]
-        try:
             pixels = dict(self.processor.image_processor(image, return_tensors="pt"))
         except Exception as error:
-            return [Prepared(question, size=image.size, error=str(error)) for question in questions]
+            return [Prepared(question, size=image and image.size, error=str(error)) for question in questions]
         return [self._row(question, pixels, image.size) for question in questions]
 
     def record(self, prepared: Prepared, output: Any = None) -> Record:
@@ -137,7 +136,8 @@ def row_of(processor: Any, question: str, pixels: dict[str, Any]) -> dict[str, A
     Raises:
         ValueError: the processor refuses the question.
     """
-    before, behind = _around(processor, question)
+    around = _around if len(question) <= REMEMBERED else _around.__wrapped__
+    before, behind = around(processor, question)
     slots = int(pixels["image_grid_hws"].prod()) // math.prod(processor.image_processor.merge_kernel_size)
     return {"input_ids": [*before, *[processor.image_token_id] * slots, *behind], **pixels}
 

@@ -117,7 +117,7 @@ class Engine:
             item["image"] = self._decoded(item["image"])
         processor = self.processor
         match conversation:
-            case [{"role": "user", "content": [{"image": picture}, {"type": "text", "text": text}]}]:
+            case [{"role": "user", "content": [{"image": picture}, {"text": text}]}]:
                 return row_of(processor, text, dict(processor.image_processor(picture, return_tensors="pt")))
         told = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         row = processor.apply_chat_template(conversation, **told)
@@ -127,8 +127,8 @@ class Engine:
         picture, processor = self._decoded(source), self.processor
         if any("<image-" in query for query in queries):
             raise ValueError("queries: one says where a picture stands; expected what to look for.")
-        pixels = dict(processor.image_processor(picture, return_tensors="pt"))
         asked = [processor.build_question(task, query) for query in queries] or [processor.build_question(task)]
+        pixels = dict(processor.image_processor(picture, return_tensors="pt"))
         return [row_of(processor, question, pixels) for question in asked], picture
 
     # ---- rows → outputs

@@ -158,14 +158,23 @@ def test_the_models_generation_config_speaks(lone):
         end = config.eos_token_id = [int(first[0, -1])]
         second = lone.model.generate(**lone.inputs, generation_mode="slow")
         end[0] = int(first[0, -2])  # what was merged is kept, but not beyond a change in it
-        third = lone.model.generate(**lone.inputs, generation_mode="slow")
+        third, fourth = (lone.model.generate(**lone.inputs, generation_mode="slow") for _ in range(2))
         config.max_new_tokens, never = 6, torch.tensor([lone.model.pad_token_id] * 2)
         last = [lone.model.generate(**lone.inputs, generation_mode="slow", eos_token_id=never) for _ in range(2)]
     finally:
         lone.model.generation_config = default
     assert len({int(token) for token in first[0, -4:]}) == 4
-    lengths = [each.shape[1] - lone.input_ids.shape[1] for each in (first, second, third, *last)]
-    assert lengths == [4, 4, 3, 6, 6]
+    lengths = [each.shape[1] - lone.input_ids.shape[1] for each in (first, second, third, fourth, *last)]
+    assert lengths == [4, 4, 3, 3, 6, 6]
+
+
+def test_a_list_of_an_earlier_call_does_not_speak(lone):
+    told = {**lone.inputs, "generation_mode": "slow", "max_new_tokens": 3}
+    banned = [lone.model.pad_token_id]
+    first = lone.model.generate(**told, suppress_tokens=banned)
+    banned.append(int(first[0, -3]))
+    assert torch.equal(lone.model.generate(**told, suppress_tokens=banned[:1]), first)
+    assert not torch.equal(lone.model.generate(**told, suppress_tokens=dict.fromkeys(banned).keys()), first)
 
 
 def sampled(**recipe) -> dict:

@@ -451,6 +451,10 @@ def test_rows_of_one_picture_have_the_prompts_that_the_processor_makes(server):
         assert server.engine._row(conversation)["input_ids"] == row["input_ids"]
         assert torch.equal(row["pixel_values"], whole["pixel_values"])
         assert row["pixel_values"] is rows[0]["pixel_values"]
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "In <image-1>, is a dog?"}]
+    asked = [{"role": "user", "content": content}]
+    (ids,) = processor_of().apply_chat_template([asked], add_generation_prompt=True, tokenize=True)
+    assert server.engine._row(asked)["input_ids"] == ids
 
 
 @pytest.mark.parametrize(
