@@ -49,7 +49,7 @@ except ImportError as missing:
 PROJECT = Path(__file__).resolve().parent
 DEMO_MODEL = PROJECT / "demo" / "checkpoint"
 DEMO_IMAGES = PROJECT / "demo" / "images"
-DEMO_QUERIES = ["red circle", "orange square", "blue triangle", "yellow triangle"]
+DEMO_QUERIES = ["red circle", "orange cross", "green half circle", "blue circle"]
 TASKS = ("detect", "ground", "single", "point", "text", "gui")
 FEW = 8  # pictures that are drawn without --draw
 # The arguments that may change from call to call; the others are settings of the scan

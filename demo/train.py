@@ -80,7 +80,7 @@ def main() -> None:
     losses, began = [], time.perf_counter()
     for step, batch in enumerate(loader, done + 1):
         part = (step, args.looking) if step <= args.looking else (step - args.looking, args.answering)
-        loss = loss_of(model, head, batch)
+        loss = loss_of(model, head, batch, late=step > args.looking + args.answering // 2)
         loss.backward()
         nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
         for each in optimizers:
@@ -140,8 +140,9 @@ def pace(step: int, steps: int) -> float:
     return min(1.0, step / 100, max(0.01, 3 * (steps - step) / steps))
 
 
-def loss_of(model: Any, head: nn.Module, batch: Batch) -> torch.Tensor:
-    """What the tower's tokens show (colour, shape and box) as the head tells it, and the answers if any are asked."""
+def loss_of(model: Any, head: nn.Module, batch: Batch, late: bool = False) -> torch.Tensor:
+    """What the tower's tokens show (colour, shape and box) as the head tells it, and the answers if any are asked.
+    late: the answers are learnt by and large."""
     truth = batch.pop("truth")
     features = model.extract_feature(batch.pop("pixel_values"), batch.pop("image_grid_hws"))
     told = head(torch.cat(model.project(features)))
@@ -152,11 +153,32 @@ def loss_of(model: Any, head: nn.Module, batch: Batch) -> torch.Tensor:
     loss = loss + F.cross_entropy(places.flatten(0, 1), truth[shown, 2:].flatten())
     if not batch:
         return loss
-    layer, kept = model.language_model.model.layers[2], list[Any]()
-    hook = layer.register_forward_pre_hook(lambda _, args: kept.extend(args))
-    answers = model(**batch, visual_features=features).loss
-    hook.remove()
-    return 0.2 * loss + answers + astray(model, layer, kept[0], batch, truth)
+    decoder, kept = model.language_model.model, dict[str, torch.Tensor]()
+    hooks = [
+        decoder.layers[2].register_forward_pre_hook(lambda _, args: kept.update(layer=args[0])),
+        decoder.norm.register_forward_hook(lambda _, args, told: kept.update(last=told)),
+    ]
+    loss = 0.2 * loss + model(**batch, visual_features=features).loss
+    for hook in hooks:
+        hook.remove()
+    loss = loss + astray(model, decoder.layers[2], kept["layer"], batch, truth)
+    return loss + crowding(model, kept["last"], batch) if late else loss
+
+
+def crowding(model: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """How far coordinates stand above the sixth of the other tokens in those slots of windows that are none.
+
+    The stock reads a window as a box where each of its slots 1 to 4 has a coordinate among its four most probable
+    tokens, however small that probability is (docs/stock-behaviour.md, 3): one that says the end with certainty too.
+    hidden: the decoder's last.
+    """
+    labels, first = batch["labels"][0], model.config.coord_start_token_id
+    asked = (batch["windows"].places[1] >= 0) & ((labels < first) | (labels > first + 1000))
+    before, coordinates, behind = model.get_output_embeddings()(hidden[0, asked]).tensor_split(
+        (first, first + 1001), 1
+    )
+    others = torch.cat([before, behind], 1).topk(6).values[:, -1]
+    return F.relu(coordinates.amax(1) - others + 1).mean()
 
 
 def astray(model: Any, layer: nn.Module, hidden: torch.Tensor, batch: Batch, truth: torch.Tensor) -> torch.Tensor:
