@@ -1,11 +1,12 @@
-"""A scan beside `generate` on the same rows, and the share of the scan's time in which its engine stepped.
+"""A scan beside `generate` on the same rows, and the share of the scan's time in which its engine worked.
 
     python benchmarks/scan.py --pictures 400 --rounds 3
     python benchmarks/scan.py --make frames --pictures 49016      # only draws the pictures, for locate.py
 
 Pictures are the demo's scenes, with two queries each. The scan starts at their files, `generate` with every row
 preprocessed and in memory. Wall time beside other work says little; seconds of CPU are printed too: of the whole scan,
-of its engine's steps alone, of `generate`, and of reading and preprocessing.
+of its engine alone, of `generate`, and of reading and preprocessing. The engine works where it steps, or takes rows in
+and finds out which show the same picture.
 """
 
 from __future__ import annotations
@@ -69,24 +70,27 @@ def measured(model, processor, folder: str) -> dict[str, float]:
     from scan.workers import Interviewer, scan
 
     loop = sys.modules[type(model).__module__.rpartition(".")[0] + ".generation"].GenerationLoop
-    stepped, stepped_cpu, step = 0.0, 0.0, loop.step
+    worked, worked_cpu, step, add = 0.0, 0.0, loop.step, loop.add
 
-    def timed(self):
-        nonlocal stepped, stepped_cpu
-        begin, begin_cpu = time.perf_counter(), time.thread_time()
-        try:
-            return step(self)
-        finally:
-            stepped += time.perf_counter() - begin
-            stepped_cpu += time.thread_time() - begin_cpu
+    def timed(work):
+        def call(*args):
+            nonlocal worked, worked_cpu
+            begin, begin_cpu = time.perf_counter(), time.thread_time()
+            try:
+                return work(*args)
+            finally:
+                worked += time.perf_counter() - begin
+                worked_cpu += time.thread_time() - begin_cpu
 
-    loop.step = timed
+        return call
+
+    loop.step, loop.add = timed(step), timed(add)
     try:
         wall, cpu = time.perf_counter(), time.process_time()
         records = list(scan([folder], QUERIES, model=model, processor=processor))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     finally:
-        loop.step = step
+        loop.step, loop.add = step, add
     assert {record.status for record in records} == {"ok"}
 
     prepare_cpu = time.process_time()
@@ -114,9 +118,9 @@ def measured(model, processor, folder: str) -> dict[str, float]:
         "scan_rows_per_s": len(rows) / wall,
         "generate_rows_per_s": len(rows) / generate,
         "scan_of_generate": generate / wall,
-        "stepped_share": stepped / wall,
+        "engine_share": worked / wall,
         "scan_cpu_s": cpu,
-        "scan_steps_cpu_s": stepped_cpu,
+        "scan_engine_cpu_s": worked_cpu,
         "generate_cpu_s": generate_cpu,
         "prepare_cpu_s": prepare_cpu,
     }

@@ -19,7 +19,7 @@ from PIL import Image
 from .records import Record, detections, key_of
 from .sources import SEPARATOR, Item, read_items
 
-WAITING = 16  # rows before the engine, each of which holds its picture
+WAITING = 32  # rows before the engine, as many as it takes at a time; each holds its picture
 REMEMBERED = 200  # characters of a question, at most, whose tokens are kept for the next picture
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read and preprocess pictures
 VERBATIM = "prompt"  # the task of a question that was given whole and is none of the model's own
