@@ -284,7 +284,7 @@ def test_what_was_published_loads_as_printed_and_answers_the_goldens(hub, script
 
 def test_verify(hub, script, published):
     for repo, *options in ((OWN,), (CODE,), (BASE, "--revision", "refs/pr/1")):
-        assert "<box><750>" in script("verify", repo, *options)
+        assert "<ref>orange circle</ref>" in script("verify", repo, *options)  # as this checkpoint answers
     files = hub.repos[OWN].files()
     hub.repos[OWN].commit("main", {**files, "vision.py": b"raise SystemExit"})
     assert "has another vision.py than this project" in script("verify", OWN, code=1)
