@@ -130,7 +130,7 @@ def read_call(
     check_number("num_return_sequences", sequences, whole=True, least=1)
     config, differing = _merged(model, given, arguments)
     # of the model's own config, only what differs from transformers' defaults speaks
-    said = {} if as_text else differing
+    said = {} if as_text else {**differing}
     said |= {} if given is None else {name: value for name, value in vars(given).items() if value is not None}
     # 4.57's default length is nobody's wish
     spoken = {name: said[name] for name in _PER_ROW if name in said and (name, said[name]) != ("max_length", 20)}
@@ -190,8 +190,8 @@ _MERGED: WeakKeyDictionary[Any, tuple] = WeakKeyDictionary()  # of each model th
 def _merged(
     model: Any, given: GenerationConfig | None, arguments: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """`_merge`, and how the model's own config differs from transformers' defaults. Both are copies of the last ones
-    where all is as it was then: a stream's requests mostly ask alike, and merging takes longer than all else."""
+    """A copy of `_merge`'s, and how the model's own config differs from transformers' defaults: the last ones where
+    all is as it was then. A stream's requests mostly ask alike, and merging takes longer than all else."""
     own = model.generation_config
     told = vars(own), given and vars(given), model.pad_token_id, arguments
     known = _MERGED.get(model)
@@ -203,7 +203,7 @@ def _merged(
         merged = _merge(model, given, arguments), own.to_diff_dict()
         with suppress(TypeError, RuntimeError):  # what cannot be copied is not kept
             _MERGED[model] = copy.deepcopy((told, *merged))
-    return copy.copy(merged[0]), {**merged[1]}
+    return copy.copy(merged[0]), merged[1]
 
 
 def _merge(model: Any, given: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:

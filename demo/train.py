@@ -121,7 +121,7 @@ def fresh(folder: Path) -> Any:
 
 
 def optimizers_of(model: Any, head: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, which learn several times as fast by it, and AdamW for the rest."""
+    """Muon for the layers' matrices, which learn faster by it, and AdamW for the rest."""
     layers = ("vision_model.encoder.blocks", "mlp1", "language_model.model.layers")
     matrices = [each for name, each in model.named_parameters() if each.dim() == 2 and name.startswith(layers)]
     known = set(matrices)
@@ -185,10 +185,10 @@ def astray(model: Any, layer: nn.Module, hidden: torch.Tensor, batch: Batch, tru
     """How far the first head of a layer of the decoder is from looking, where a box begins to be said, at the tokens
     that show its thing and at no others of its picture.
 
-    Told so, the decoder finds in minutes what a question, an answer so far and a picture have to do with each other;
-    by the answers alone it takes hours. hidden: the layer's input.
+    By the answers alone, and at three times the learning rate, the decoder had not found out in 2,500 steps what a
+    question and a picture have to do with each other. hidden: the layer's input.
     """
-    asking, image, mine, shows = places_of(batch, truth, model)
+    asking, image, mine, shows = targets_of(batch, truth, model)
     attention, hidden = layer.self_attn, layer.input_layernorm(hidden)
     turned = apply_rotary_pos_emb(
         attention.q_proj(hidden)[..., None, : attention.head_dim],
@@ -202,7 +202,7 @@ def astray(model: Any, layer: nn.Module, hidden: torch.Tensor, batch: Batch, tru
     return (scores.logsumexp(1) - right.logsumexp(1)).mean()
 
 
-def places_of(batch: Batch, truth: torch.Tensor, model: Any) -> tuple[torch.Tensor, ...]:
+def targets_of(batch: Batch, truth: torch.Tensor, model: Any) -> tuple[torch.Tensor, ...]:
     """Where a box begins to be said, and where the pictures' tokens are; `[boxes, tokens]` bool, whether a token is of
     that box's picture, and whether it shows its thing. Boxes of things that no token shows are left out."""
     ids, labels, first = batch["input_ids"][0], batch["labels"][0], model.config.coord_start_token_id

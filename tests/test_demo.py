@@ -52,7 +52,7 @@ def test_a_scene_is_the_same_each_time_and_its_truth_is_asked_for(start):
     for label, (left, top, right, bottom) in drawn.boxes:
         told = shown[int((top + bottom) / 2000 * rows), int((left + right) / 2000 * columns)]
         assert f"{[*COLOURS][told[0] - 1]} {[*SHAPES][told[1] - 1]}" == label
-    asking, image, mine, shows = train.places_of(batch, truth, model)
+    asking, image, mine, shows = train.targets_of(batch, truth, model)
     said = [
         told.count("</box>") for told in (turn["value"] for each in (first, later) for turn in each["conversations"])
     ]
