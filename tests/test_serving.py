@@ -199,7 +199,10 @@ def test_a_stream_is_the_whole_in_pieces(server, fields):
         assert own[0]["delta"] == {"role": "assistant", "content": ""}
         assert "".join(c["delta"].get("content", "") for c in own) == choice["message"]["content"]
         assert [c["finish_reason"] for c in own if c["finish_reason"]] == [choice["finish_reason"]]
-        assert [t for c in own for t in (c["logprobs"] or {}).get("content", [])] == choice["logprobs"]["content"]
+        told, said = choice["logprobs"]["content"], [t for c in own for t in (c["logprobs"] or {}).get("content", [])]
+        # rows that enter with others have other shapes, which a last bit may show
+        numbers = [[token.pop("logprob") for token in tokens] for tokens in (told, said)]
+        assert said == told and numbers[0] == pytest.approx(numbers[1], abs=1e-5)
         assert len(own) > 3
 
 
