@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 _OPTIONS = {"max_batch_rows", "max_queue_size", "prefill_tokens", "prefill_patches"}
 _OPTIONS |= {"decode_graphs", "compile", "share_images", "share_prefixes", "batch_invariant"}
+Handler = Callable[["GenerationOutput"], Any]
 
 
 class RequestStatus(IntEnum):
@@ -58,11 +59,14 @@ class GenerationOutput:
     row_forwards: int = 0
     accepted_by: list[int] = field(default_factory=list)
 
+    @classmethod
+    def refused(cls, request_id: str, error: Exception) -> "GenerationOutput":
+        """Of a request that never became a row."""
+        text = f"{type(error).__name__}: {error}"
+        return cls(request_id, error=text, status=RequestStatus.FAILED, finish_reason="error")
+
     def is_finished(self) -> bool:
         return self.status >= RequestStatus.FINISHED
-
-
-Handler = Callable[[GenerationOutput], Any]
 
 
 @dataclass(eq=False)
@@ -75,9 +79,7 @@ class Request:
 
     def output(self) -> GenerationOutput:
         row, done = self.row, self.row.finish_reason is not None
-        status = RequestStatus.DECODING
-        if done:
-            status = RequestStatus.FINISHED if row.error is None else RequestStatus.FAILED
+        ended = RequestStatus.FINISHED if row.error is None else RequestStatus.FAILED
         self.told = len(row.answer)
         return GenerationOutput(
             request_id=str(row.index),
@@ -85,7 +87,7 @@ class Request:
             generated_tokens=row.answer,
             logprobs=row.scores[:],
             error=row.error,
-            status=status,
+            status=ended if done else RequestStatus.DECODING,
             created_time=self.created,
             lifespan=(self.begun, time.perf_counter() if done else -1),
             finish_reason=row.finish_reason,
@@ -455,9 +457,7 @@ def _answers(
                 except Exception as error:
                     if manager._closed:
                         raise
-                    text = f"{type(error).__name__}: {error}"
-                    failed = RequestStatus.FAILED
-                    said.put(GenerationOutput(row["request_id"], error=text, status=failed, finish_reason="error"))
+                    said.put(GenerationOutput.refused(row["request_id"], error))
         except BaseException as error:
             end = error
         manager.stop()  # what was added is answered first

@@ -174,8 +174,7 @@ class GroundingMixin:
 
     def _text(self, ids: Sequence[int], **kwargs: Any) -> str:
         """The text of ids, special tokens kept. Ids that no vocabulary has say nothing."""
-        size = len(self.tokenizer)
-        return self.tokenizer.decode([i for i in ids if 0 <= i < size], skip_special_tokens=False, **kwargs)
+        return self.tokenizer.decode([i for i in ids if 0 <= i < 2**31], skip_special_tokens=False, **kwargs)
 
     def _read(self, outputs: Any, target_sizes: Any, threshold: Any, queries: Any, *names: str) -> list[Any]:
         """What `post_process_grounding` returns, with these columns beside the boxes, points and labels."""
@@ -330,5 +329,5 @@ def _id_rows(ids: Any, name: str) -> list[list[int]]:
 def _listed(value: Any) -> Any:
     """Tensors, arrays and tuples, however nested, as lists; anything else as it is."""
     if isinstance(value, (list, tuple)):
-        return [_listed(each) for each in value]
+        return [each if type(each) in (int, float) else _listed(each) for each in value]
     return value.tolist() if hasattr(value, "tolist") else value

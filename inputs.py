@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -66,20 +67,24 @@ def read_prompts(input_ids: Any, attention_mask: Any, config: LocateAnythingConf
     input_ids = torch.as_tensor(input_ids)
     if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
         raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; expected integers [rows, length].")
-    vocabulary, low, high = config.text_config.vocab_size, int(input_ids.min()), int(input_ids.max())
+    ids = input_ids.cpu().numpy()
+    vocabulary, low, high = config.text_config.vocab_size, ids.min(), ids.max()
     if low < 0 or high >= vocabulary:
         raise ValueError(f"input_ids hold ids from {low} to {high}; the vocabulary has {vocabulary}.")
     if attention_mask is None:
-        kept = (input_ids != pad_token_id).long()
-        mask = (kept.cummax(1).values & kept.flip(1).cummax(1).values.flip(1)).bool()
+        mask = ids != pad_token_id
+        mask = np.maximum.accumulate(mask, 1) & np.maximum.accumulate(mask[:, ::-1], 1)[:, ::-1]
     else:
-        mask = torch.as_tensor(attention_mask, device=input_ids.device) != 0
-        if mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask is {list(mask.shape)}; expected input_ids' {list(input_ids.shape)}.")
-    rows = [ids[kept].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
+        mask = (torch.as_tensor(attention_mask) != 0).cpu().numpy()
+        if mask.shape != ids.shape:
+            raise ValueError(f"attention_mask is {list(mask.shape)}; expected input_ids' {list(ids.shape)}.")
+    if mask.all():
+        return input_ids.long(), ids.tolist()
+    rows = [line[kept].tolist() for line, kept in zip(ids, mask, strict=True)]
     if not all(rows):
         raise ValueError(f"row {rows.index([])}: attention_mask is 0 everywhere; an empty prompt has no answer.")
-    return input_ids.long().gather(1, mask.long().argsort(dim=1, stable=True)), rows
+    order = torch.from_numpy(mask.argsort(axis=1, kind="stable")).to(input_ids.device)
+    return input_ids.long().gather(1, order), rows
 
 
 # ---- settings
@@ -128,14 +133,12 @@ def read_call(
     allowed = arguments.pop("prefix_allowed_tokens_fn", None)
     sequences = arguments.pop("num_return_sequences", (given or model.generation_config).num_return_sequences or 1)
     check_number("num_return_sequences", sequences, whole=True, least=1)
-    config, differing = _merged(model, given, arguments)
+    config, stops, differing = _merged(model, given, arguments)
     # of the model's own config, only what differs from transformers' defaults speaks
     said = {} if as_text else {**differing}
     said |= {} if given is None else {name: value for name, value in vars(given).items() if value is not None}
     # 4.57's default length is nobody's wish
     spoken = {name: said[name] for name in _PER_ROW if name in said and (name, said[name]) != ("max_length", 20)}
-    ends = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
-    stops = frozenset(ends) - {TokenRoles.of(model.config).end}
     least, least_new = config.min_length or 0, config.min_new_tokens
     # what the rows' settings and the rules do already must not be done a second time by transformers' factories
     config.eos_token_id = config._eos_token_tensor = config.max_new_tokens = None
@@ -173,7 +176,7 @@ def read_call(
         processors = model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=len(prompt),
-            encoder_input_ids=torch.tensor([prompt], device=device),
+            encoder_input_ids=padded[row : row + 1, -len(prompt) :].to(device),
             # a row is asked alone, so transformers would count the places of its window
             prefix_allowed_tokens_fn=allowed and (lambda _, ids, row=index: allowed(row, ids)),
             logits_processor=LogitsProcessorList(called["logits_processor"] or []),
@@ -189,8 +192,8 @@ _MERGED: WeakKeyDictionary[Any, tuple] = WeakKeyDictionary()  # of each model th
 
 def _merged(
     model: Any, given: GenerationConfig | None, arguments: dict[str, Any]
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """A copy of `_merge`'s, and how the model's own config differs from transformers' defaults: the last ones where
+) -> tuple[GenerationConfig, frozenset[int], dict[str, Any]]:
+    """What `_merge` gives, and how the model's own config differs from transformers' defaults: the last ones where
     all is as it was then. A stream's requests mostly ask alike, and merging takes longer than all else."""
     own = model.generation_config
     told = vars(own), given and vars(given), model.pad_token_id, arguments
@@ -200,14 +203,17 @@ def _merged(
     except (RuntimeError, ValueError):  # a tensor or an array is among it
         merged = None
     if merged is None:
-        merged = _merge(model, given, arguments), own.to_diff_dict()
+        merged = *_merge(model, given, arguments), own.to_diff_dict()
         with suppress(TypeError, RuntimeError):  # what cannot be copied is not kept
             _MERGED[model] = copy.deepcopy((told, *merged))
-    return copy.copy(merged[0]), merged[1]
+    return copy.copy(merged[0]), *merged[1:]
 
 
-def _merge(model: Any, given: GenerationConfig | None, arguments: dict[str, Any]) -> GenerationConfig:
-    """transformers' merge of the generation configs and the arguments, without what has no meaning here."""
+def _merge(
+    model: Any, given: GenerationConfig | None, arguments: dict[str, Any]
+) -> tuple[GenerationConfig, frozenset[int]]:
+    """transformers' merge of the generation configs and the arguments, without what has no meaning here, and the ids
+    that end an answer beside its own end."""
     config, unknown = model._prepare_generation_config(given, **arguments)
     for name, off in _WITHOUT_EFFECT.items():
         asked = unknown.pop(name, getattr(config, name, None))
@@ -221,7 +227,8 @@ def _merge(model: Any, given: GenerationConfig | None, arguments: dict[str, Any]
     if config.pad_token_id is None:
         config.pad_token_id = model.pad_token_id
     model._prepare_special_tokens(config, device="cpu")
-    return config
+    ends = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
+    return config, frozenset(ends) - {TokenRoles.of(model.config).end}
 
 
 def _per_row(name: str, value: Any, rows: int) -> list[Any]:

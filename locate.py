@@ -6,6 +6,7 @@ usual call, and the same call again goes on where it stopped. docs/scan.md descr
 """
 
 import argparse
+import gc
 import math
 import os
 import shlex
@@ -39,7 +40,7 @@ REMEDY = "It runs in the environment that `make demo` makes: source .venv/defaul
 try:
     from tqdm.auto import tqdm
 
-    from hub.loading import ModelError, load
+    from hub.loading import ModelError
     from scan.formats import FORMATS, export
     from scan.records import MANIFEST, RESULTS, Record, Results, check, read_manifest, read_records
     from scan.sources import LISTS, SEPARATOR, estimate, name_of, natural, read_list, suffix_of
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace, manifest: dict[str, Any]) -> int:
     import torch  # here and not above, for --help and usage errors
     import transformers
 
+    from hub.engine_process import load_apart
     from scan.workers import Interviewer, revision_of, scan
 
     if args.model is None and (args.sources or args.list):
@@ -117,7 +119,8 @@ def run(args: argparse.Namespace, manifest: dict[str, Any]) -> int:
     if processes > 1 and args.device != "cpu" and torch.cuda.is_available():
         loading["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     if args.ray is None:  # else the actors load it
-        asked["model"], asked["processor"] = load(manifest["model"], **loading)
+        asked["model"], asked["processor"] = load_apart(manifest["model"], **loading)
+        gc.freeze()  # a collection that went through all of torch would hold the threads up by 0.2 s
         try:
             Interviewer(asked["processor"], settings["queries"], settings["task"])
         except ValueError as error:

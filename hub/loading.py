@@ -47,17 +47,13 @@ def load(
     """
     # Here and not above: --help and usage errors need not wait for torch
     import torch
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoModel
 
     if device == "auto":
         device = "cpu" if quantize or not torch.cuda.is_available() else "cuda"
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device: got {device!r}, but torch sees no CUDA device here")
-    folder = _folder(model)
-    try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model: {model} has no processor that loads: {error}") from error
+    processor = load_processor(model)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     chosen = device == "cpu" and dtype == "auto"
     if quantize is not None:
@@ -65,7 +61,7 @@ def load(
         if chosen and _float32_is_faster(torch.bfloat16):
             options["dtype"] = torch.float32
     try:
-        loaded = AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
+        loaded = AutoModel.from_pretrained(_folder(model), trust_remote_code=True, **options)
     except (OSError, ValueError) as error:
         raise ModelError(f"model: {model} does not load: {error}") from error
     if quantize is not None:
@@ -77,6 +73,29 @@ def load(
     elif chosen and loaded.dtype != torch.float32 and _float32_is_faster(loaded.dtype):
         _widen(loaded)
     return loaded.to(device).eval(), processor
+
+
+def load_processor(model: str) -> Any:
+    """The processor alone, which needs no device.
+
+    Raises:
+        ModelError: as of `load`.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(_folder(model), trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: {model} has no processor that loads: {error}") from error
+
+
+def load_class(model: str) -> Any:
+    """The class that a model will be of, by its config.json."""
+    from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    config = AutoConfig.from_pretrained(_folder(model), trust_remote_code=True)
+    return get_class_from_dynamic_module(config.auto_map["AutoModel"], _folder(model))
 
 
 def _int8(quantize: str, device: str) -> Any:

@@ -4,6 +4,7 @@
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -12,6 +13,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from itertools import count, islice
 from pathlib import Path
+from threading import get_native_id
 from typing import Any
 
 from PIL import Image
@@ -152,6 +154,12 @@ def _around(processor: Any, question: str) -> tuple[list[int], list[int]]:
     return ids[: ids.index(slot)], ids[len(ids) - ids[::-1].index(slot) :]
 
 
+def give_way() -> None:
+    """Called in a thread that prepares rows: the engine comes first where cores are few. Only Linux has that."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)
+
+
 def scan(
     sources: Iterable[Any],
     queries: Sequence[str] = (),
@@ -175,7 +183,8 @@ def scan(
     Args:
         sources, fps, every: as `read_items` takes them.
         queries: one question each, where a source brings none of its own.
-        model: a folder or hub id, or a loaded model with its `processor`.
+        model: a folder or hub id, to be loaded in a process of its own (hub/engine_process.py), or a loaded model with
+            its `processor`.
         task: which of the processor's `tasks` is asked.
         threshold: detections that score lower are left out.
         keep_repetitions: let answers that go round in circles run to their limit.
@@ -191,9 +200,9 @@ def scan(
         RuntimeError: the engine cannot go on, as after a device's error.
     """
     if isinstance(model, (str, os.PathLike)):
-        from hub.loading import load  # here and not above, as it brings torch
+        from hub.engine_process import load_apart  # here and not above, as it brings torch
 
-        model, processor = load(os.fspath(model))
+        model, processor = load_apart(os.fspath(model))
     interviewer = Interviewer(processor, queries, task, threshold, settings.get("generation_mode", "hybrid"))
     done = set() if done is None else done
     asked: dict[str, Prepared] = {}
@@ -217,7 +226,7 @@ def scan(
 
     settings.setdefault("max_queue_size", WAITING)
     settings["stopping_criteria"] = [] if keep_repetitions else [model.degenerate_answer_criteria()]
-    pool = ThreadPoolExecutor(WORKERS, "scan")
+    pool = ThreadPoolExecutor(WORKERS, "scan", give_way)
     try:
         failed: list[Record] = []  # in the engine: if that fails as a whole, they are no faults of their own
         with closing(model.generate_batch(rows(), stream=True, **settings)) as outputs:

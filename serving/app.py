@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from .engine import Engine, Job, StopTexts
 from .guard import Guard
-from .openai import ANSWER_EXAMPLE, APIError, ChatRequest, Choice, Completion, LocateRequest, usage
+from .openai import ANSWER_EXAMPLE, APIError, ChatRequest, Choice, Completion, LocateRequest, refusal, usage
 
 PAGE = Path(__file__).parent / "page.html"
 # Scripts and pictures from nowhere else: what a label says cannot load or send anything
@@ -106,7 +106,7 @@ def build_app(engine: Engine, *, name: str, api_key: str | None = None) -> Guard
         await cleanup.enter_async_context(engine.places)
         row = {**await engine.chat_row(conversation), **told}
         prompt = len(row["input_ids"])
-        stops = [StopTexts(request.stops, engine.text_of, prompt)] if request.stops else []
+        stops = [StopTexts(request.stops, engine.processor, prompt)] if request.stops else []
         draws = [_generator(engine, request.seed, index) for index in range(request.n)]
         rows = [{**row, "stopping_criteria": stops, "generator": generator} for generator in draws]
         job = engine.submit(rows, streaming=request.stream)
@@ -114,16 +114,17 @@ def build_app(engine: Engine, *, name: str, api_key: str | None = None) -> Guard
         choices = [Choice(i, engine.text_of, request.stops, request.logprobs) for i in range(request.n)]
         completion = Completion(name, prompt)
         if request.stream:
-            return _events(chunks(job, choices, completion, request.stream_options.get("include_usage", False)))
+            return await _events(chunks(job, choices, completion, request.stream_options.get("include_usage", False)))
         async for index, output in job:
             choices[index].take(output)
             metrics.row(output)
         return JSONResponse(completion.whole(choices))
 
     async def chunks(job: Job, choices: list[Choice], completion: Completion, usage: bool) -> AsyncIterator[Any]:
-        for choice in choices:
-            yield completion.chunk(choice, {"role": "assistant", "content": ""})
+        roles = [completion.chunk(choice, {"role": "assistant", "content": ""}) for choice in choices]
         async for index, output in job:
+            while roles:  # not before, as the request may be refused
+                yield roles.pop(0)
             choice = choices[index]
             if text := choice.take(output):
                 yield completion.chunk(choice, {"content": text})
@@ -151,7 +152,7 @@ def build_app(engine: Engine, *, name: str, api_key: str | None = None) -> Guard
         cleanup.callback(job.cancel)
         pieces = located(job, asked, picture.size)
         if asked.stream:
-            return _events(pieces)
+            return await _events(pieces)
         return JSONResponse([piece async for piece in pieces][-1])
 
     async def located(job: Job, asked: LocateRequest, size: tuple[int, int]) -> AsyncIterator[Any]:
@@ -220,8 +221,7 @@ async def _tell(_: Request, error: Any) -> JSONResponse:
     elif isinstance(error, HTTPException):
         error = APIError(error.status_code, str(error.detail))
     elif isinstance(error, ValueError):
-        field = str(error).partition(":")[0]
-        error = APIError(400, str(error), param=field if field.isidentifier() else None)
+        error = refusal(str(error))
     elif not isinstance(error, APIError):
         error = APIError(500, "an error of the server, which its log tells of")
     return JSONResponse(error.body(), error.status, error.headers)
@@ -245,10 +245,12 @@ async def _locate_request(request: Request) -> tuple[LocateRequest, bytes]:
         return LocateRequest.model_validate(fields), await upload.read()
 
 
-def _events(pieces: AsyncIterator[Any]) -> StreamingResponse:
-    """Server-sent events, each a JSON object; what goes wrong midway is one with an `error`."""
+async def _events(pieces: AsyncIterator[Any]) -> StreamingResponse:
+    """Server-sent events, each a JSON object; what goes wrong behind the first is one with an `error`."""
+    first = await anext(pieces)
 
     async def lines() -> AsyncIterator[str]:
+        yield f"data: {json.dumps(first)}\n\n"
         try:
             async for piece in pieces:
                 yield f"data: {json.dumps(piece)}\n\n"

@@ -17,10 +17,10 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from scan.records import detections
-from scan.workers import row_of
+from scan.workers import give_way, row_of
 
 from .images import Limits, decode, read
-from .openai import APIError
+from .openai import APIError, refusal
 
 WORKERS = 2  # threads that decode pictures and make them patches
 
@@ -29,12 +29,13 @@ class StopTexts(StoppingCriteria):
     """Ends a row whose answer holds one of some texts, at the token that completes it. (transformers' own goes through
     the whole vocabulary for each new set of texts, which strangers may send.)"""
 
-    def __init__(self, stops: Sequence[str], text_of: Callable[[Sequence[int]], str], prompt_length: int):
-        self.stops, self.text_of, self.prompt_length = stops, text_of, prompt_length
+    def __init__(self, stops: Sequence[str], processor: Any, prompt_length: int):
+        self.stops, self.processor, self.prompt_length = stops, processor, prompt_length
         self.tail = 4 * max(map(len, stops)) + 1  # a token is at least a byte, a character at most four
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        texts = map(self.text_of, input_ids[:, self.prompt_length :][:, -self.tail :].tolist())
+        tails = input_ids[:, self.prompt_length :][:, -self.tail :].tolist()
+        texts = [self.processor.decode(ids, skip_special_tokens=True) for ids in tails]
         return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
 
 
@@ -42,8 +43,8 @@ class Engine:
     """A model that answers requests.
 
     Args:
-        model, processor: loaded. rows: decoded at a time. waiting: rows beyond those that may wait; more are refused.
-        limits: of a request.
+        model, processor: as of `load_apart`, or of `load`: in this process.
+        rows: decoded at a time. waiting: rows beyond those that may wait; more are refused. limits: of a request.
     """
 
     on_failure: Callable[[], None] = staticmethod(lambda: None)  # called once, when the engine's thread has died
@@ -52,7 +53,7 @@ class Engine:
         self.model, self.processor, self.limits = model, processor, limits
         self.most, self.admitted, self.failed = rows + waiting, 0, False  # rows that are being answered or wait
         self.manager = model.init_continuous_batching(max_batch_rows=rows, max_queue_size=self.most)
-        self.workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="pictures")
+        self.workers = ThreadPoolExecutor(WORKERS, "pictures", give_way)
         # Requests whose pictures lie in memory as pixels; the others wait as they came
         self.places = asyncio.Semaphore(rows + 2 * WORKERS)
         self.mail: deque[tuple[Job, int, Any]] = deque()  # from the engine's thread
@@ -193,6 +194,8 @@ class Job:
             index, output = await self.outputs.get()
             if output.is_finished():
                 self.open.pop(index, None)
+            if output.error is not None and output.error.startswith("ValueError: ") and not output.prompt_ids:
+                raise refusal(output.error.partition(" ")[2])  # of a process, which cannot refuse it at once
             if output.error is not None and self.engine.manager.is_running():
                 raise APIError(500, f"the answer broke off: {output.error}")
             if output.error is not None:

@@ -50,6 +50,12 @@ class APIError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+def refusal(message: str) -> APIError:
+    """Of a request, by a message that begins with the field that is wrong."""
+    field = message.partition(":")[0]
+    return APIError(400, message, param=field if field.isidentifier() else None)
+
+
 # ---- requests
 
 

@@ -52,7 +52,8 @@ def loaded():
 @pytest.fixture
 def run(tmp_path, monkeypatch, loaded):
     """Calls the command line in a folder of its own; returns the exit code and the records."""
-    monkeypatch.setattr(locate, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr("hub.engine_process.load_apart", lambda *_, **__: loaded)
+    monkeypatch.setattr("gc.freeze", lambda: None)  # for what other tests have left
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments, out="out"):
@@ -229,7 +230,7 @@ def test_points_limits_and_restart(run, capsys):
 
 def test_exports_any_time_later(run, monkeypatch, capsys):
     assert run(PICTURES / POINT[0], *asking("red circle"))[0] == 0
-    monkeypatch.setattr(locate, "load", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("hub.engine_process.load_apart", lambda *_, **__: pytest.fail("the model is loaded"))
     shutil.rmtree("out/drawn")
     assert run("--format", "csv,coco")[0] == 0
     assert json.loads(Path("out/coco/annotations.json").read_text())["categories"][0]["name"] == "red circle"
@@ -413,7 +414,7 @@ def test_usage_errors(arguments, message, capsys, tmp_path, monkeypatch):
     ],
 )
 def test_no_input_is_overwritten(tmp_path, given, out, capsys, monkeypatch):
-    monkeypatch.setattr(locate, "load", lambda *_, **__: pytest.fail("the model is looked for"))
+    monkeypatch.setattr("hub.engine_process.load_apart", lambda *_, **__: pytest.fail("the model is looked for"))
     folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
     for path in (folder, elsewhere, folder / "hard", folder / "soft"):
         path.mkdir()

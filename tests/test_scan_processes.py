@@ -75,12 +75,13 @@ def lines_in(folder):
     return sum(path.read_bytes().count(b"\n") for path in parts(folder)) if folder.exists() else 0
 
 
-def started_and_stopped(arguments, folder, lines, sign, times=1):
-    """Starts a scan and sends a signal to all its processes when the folder holds so many lines."""
+def started_and_stopped(arguments, folder, lines, sign, times=1, parent=True):
+    """Starts a scan and sends a signal to all its processes when the folder holds so many lines; or, if told, only to
+    those that it started."""
     with subprocess.Popen(arguments, cwd=folder, stderr=subprocess.PIPE, text=True, stdout=subprocess.PIPE) as process:
         while lines_in(folder / "out") < lines and process.poll() is None:
             time.sleep(0.01)
-        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        for each in [*psutil.Process(process.pid).children(recursive=True), *([process] if parent else [])]:
             each.send_signal(sign)
         for _ in range(times - 1):
             time.sleep(0.05)
@@ -117,6 +118,16 @@ def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(folder):
     assert code == 130
     assert "Traceback" not in told and "To go on: python" in told.splitlines()[-1]
     assert 20 <= len(answers(folder / "out")) == lines_in(folder / "out") < 240
+
+
+def test_the_engines_process_is_killed_and_the_scan_continued(folder, whole):
+    code, told = started_and_stopped([sys.executable, *command()], folder, 20, signal.SIGKILL, parent=False)
+    assert code == 1
+    assert "Traceback" not in told and "ended with -9" in told and "To go on: python" in told.splitlines()[-1]
+    kept = answers(folder / "out")
+    assert 20 <= len(kept) == lines_in(folder / "out") < 240 and {record.status for record in kept} == {"ok"}
+    subprocess.run([sys.executable, *command()], cwd=folder, check=True, capture_output=True)
+    assert answers(folder / "out") == whole
 
 
 def test_ctrl_c_again_while_it_ends(folder):

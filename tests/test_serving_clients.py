@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 
 import serve
@@ -42,8 +43,8 @@ def test_usage_errors_come_before_torch(tmp_path, capsys):
 # ---- a process of its own
 
 BREAKS = """
-import sys, pathlib, hub.loading, serve
-load, flag = hub.loading.load, pathlib.Path(sys.argv.pop(1))
+import os, signal, sys, pathlib, hub.engine_process, hub.loading, serve
+load, flag = hub.loading.load, pathlib.Path(sys.argv[1])
 def broken(*args, **kwargs):
     model, processor = load(*args, **kwargs)
     def hook(*_):
@@ -52,8 +53,12 @@ def broken(*args, **kwargs):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
     model.get_input_embeddings().register_forward_hook(hook)
     return model, processor
-hub.loading.load = broken
-sys.exit(serve.main(sys.argv[1:]))
+if sys.argv[2:] == ["engine"]:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(hub.engine_process.main(broken))
+hub.engine_process.EngineProcess.command = (sys.executable, "-c", os.environ["BREAKS"], str(flag), "engine")
+sys.exit(serve.main(sys.argv[2:]))
 """
 
 
@@ -63,7 +68,7 @@ class Process:
     def __init__(self, folder, *arguments):
         self.flag, self.log = folder / "flag", folder / "log"
         command = [sys.executable, "-c", BREAKS, str(self.flag), "--port", "0", "--rows", "4", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "cache")}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "cache"), "BREAKS": BREAKS}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stderr=log, env=environment)
         self.url = None
@@ -94,7 +99,8 @@ def test_a_signal_drains_and_ends_with_0(tmp_path, number):
         while arrived < 8:
             told = httpx.get(f"{server.url}/metrics", timeout=60).text
             arrived = sum(map(float, re.findall(r"^locateanything_rows(?:_admitted|_total\{.*\}) (.*)$", told, re.M)))
-        server.process.send_signal(number)
+        for each in (psutil.Process(server.process.pid).children()[0], server.process):  # systemd tells all
+            each.send_signal(number)
         assert [one.result().status_code for one in asked] == [200] * 8
         assert server.process.wait(20) == 0
 
@@ -108,6 +114,28 @@ def test_a_device_error_is_told_and_ends_the_process_with_1(tmp_path):
         assert {response.status_code for response in responses} == {500}
         assert server.process.wait(20) == 1
         assert "illegal memory access" in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_an_engine_whose_process_is_killed_ends_the_server_with_1(tmp_path):
+    with Process(tmp_path) as server, ThreadPoolExecutor(6) as pool:
+        assert server.ask(False).status_code == 200
+        asked = [pool.submit(server.ask, index == 0) for index in range(4)]
+        (engine,) = psutil.Process(server.process.pid).children()
+        engine.kill()
+        assert {one.result().status_code for one in asked} <= {200, 500}
+        assert server.process.wait(20) == 1
+        assert "ended with -9" in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_prompt_over_the_limit_is_refused_before_anything_streams(tmp_path):
+    with Process(tmp_path) as server:
+        for stream in (False, True):
+            body = chat("red circle " * 9000, stream=stream)
+            response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+            assert response.status_code == 400 and "limit" in response.json()["error"]["message"]
+        assert server.ask(True).status_code == 200
 
 
 @pytest.mark.slow
