@@ -7,6 +7,7 @@ takes its time. Requests go to the process by its standard input and outputs com
 
 import atexit
 import gc
+import io
 import os
 import pickle
 import queue
@@ -95,7 +96,8 @@ class EngineProcess:
     def init_continuous_batching(self, generation_config: Any = None, **options: Any) -> "EngineProcess":
         self.max_queue_size = options.pop("max_queue_size", ROWS)
         self._most = self.max_queue_size + (options.get("max_batch_rows") or ROWS)  # requests that are not finished
-        self._send(generation_config, {**options, "max_queue_size": self._most})
+        options |= {"generation_config": generation_config, "max_queue_size": self._most}
+        self._send("init_continuous_batching", options)
         return self
 
     def generate_batch(self, rows: Iterable[Any], *given: Any, **settings: Any) -> Any:
@@ -132,7 +134,12 @@ class EngineProcess:
                 raise queue.Full(f"{len(self._open)} requests are not answered.")
             name = next(self._names) if request_id is None else request_id
             self._open[name] = input_ids, result_handler
-        self._send("add_request", {"input_ids": input_ids, "request_id": name, **row})
+        try:
+            self._send("add_request", {"input_ids": input_ids, "request_id": name, **row}, name)
+        except Exception:  # what cannot be pickled
+            with self._changed:
+                self._open.pop(name, None)
+            raise
         return name
 
     def cancel_request(self, request_id: str) -> None:
@@ -146,14 +153,18 @@ class EngineProcess:
         if block:
             self._listener.join(timeout)
 
-    def _send(self, *message: Any) -> None:
+    def _send(self, what: Any, said: Any, name: str | None = None) -> None:
+        """said: pickled apart, so that what the process cannot read ends only the request of that name."""
         assert self._process.stdin is not None
-        with self._sending, suppress(OSError, ValueError):  # that it has ended is told by who listens
-            pickler = _Pickler(self._process.stdin, pickle.HIGHEST_PROTOCOL)
+        data = io.BytesIO()
+        with self._sending:
+            pickler = _Pickler(data, pickle.HIGHEST_PROTOCOL)
             pickler.processor, pickler.before = self.processor, self._sent
-            pickler.dump(message)
-            self._process.stdin.flush()
+            pickler.dump(said)
             self._sent = pickler.tensors
+            with suppress(OSError, ValueError):  # that it has ended is told by who listens
+                pickle.dump((what, name, data.getvalue()), self._process.stdin, pickle.HIGHEST_PROTOCOL)
+                self._process.stdin.flush()
 
     def _receive(self) -> Any:
         """What the process says next, or a text: why it says nothing more."""
@@ -250,12 +261,13 @@ def main(load: Callable[..., tuple[Any, Any]] = load) -> None:
             except BrokenPipeError:  # nobody is there any more
                 os._exit(0)
 
-    def receive() -> Any:
-        unpickler = _Unpickler(line)
-        unpickler.model, unpickler.processor, unpickler.before = model, processor, seen
-        message = unpickler.load()
-        seen[:] = unpickler.tensors
-        return message
+    def read(data: bytes) -> Any:
+        unpickler = _Unpickler(io.BytesIO(data))
+        unpickler.model, unpickler.processor, unpickler.before = model, processor, seen[:]
+        try:
+            return unpickler.load()
+        finally:
+            seen[:] = unpickler.tensors
 
     def post(output: Any) -> None:
         fields = {**vars(output), "status": int(output.status)}  # no class: its code may lie elsewhere there
@@ -266,29 +278,29 @@ def main(load: Callable[..., tuple[Any, Any]] = load) -> None:
     def obey() -> None:
         with suppress(EOFError):
             while True:
-                what, said = receive()
-                if what != "add_request":
-                    getattr(manager, what)(**said)
+                what, name, data = pickle.load(line)
+                if name is None:
+                    getattr(manager, what)(**read(data))
                     continue
                 try:
-                    manager.add_request(**said, result_handler=post)
+                    manager.add_request(**read(data), result_handler=post)
                 except Exception as error:
-                    post(_outputs(model).refused(said["request_id"], error))
+                    post(_outputs(model).refused(name, error))
         os._exit(0)
 
     model = processor = None
     seen: list[torch.Tensor] = []
-    name, loading = receive()
+    folder, _, data = pickle.load(line)
     try:
-        model, processor = load(name, **loading)
+        model, processor = load(folder, **read(data))
     except ModelError as error:
         tell(str(error))
         return
     gc.freeze()  # a collection that went through all of torch would hold a step up by 0.2 s
     tell(None)
     with suppress(EOFError):
-        config, options = receive()
-        manager = model.init_continuous_batching(config, **options)
+        _, _, data = pickle.load(line)
+        manager = model.init_continuous_batching(**read(data))
         manager.start()
         threading.Thread(target=obey, daemon=True).start()
         manager.join()

@@ -58,6 +58,13 @@ class Outputs:
         return self.of[name][-1]
 
 
+class Unread:
+    """What can be pickled, and not read."""
+
+    def __reduce__(self):
+        return exec, ("raise ValueError('there')",)
+
+
 def test_requests_of_all_kinds(engine):
     """In one process, as each loads torch anew."""
     manager, outputs = engine.init_continuous_batching(max_batch_rows=4, max_queue_size=50), Outputs()
@@ -82,6 +89,10 @@ def test_requests_of_all_kinds(engine):
     manager.cancel_request("cancelled")
     for name, wrong in (("mode", {"generation_mode": "none"}), ("long", {"max_length": 3})):
         manager.add_request(**request(case, max_new_tokens=None) | wrong, request_id=name, result_handler=outputs)
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        manager.add_request(**request(case), prefix_allowed_tokens_fn=lambda *_: [1], result_handler=outputs)
+    manager.add_request([5], "unread", stopping_criteria=[Unread()], result_handler=outputs)
+    assert outputs.last("unread").error == "ValueError: there" and outputs.last("unread").prompt_ids == []
     assert "generation_mode" in outputs.last("mode").error and outputs.last("mode").prompt_ids == []
     assert outputs.last("long").error.startswith("ValueError: ") and outputs.last("long").finish_reason == "error"
     for name, one in zip([*names, streamed], [*cases, case], strict=True):
@@ -133,7 +144,7 @@ def test_a_model_that_does_not_load_and_a_process_that_does_not_start(tmp_path, 
 def test_who_started_it_goes_while_it_loads():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(EngineProcess.command, **pipes) as process:
-        process.stdin.write(pickle.dumps((str(CHECKPOINTS["shapes"]), {"device": "cpu"})))
+        process.stdin.write(pickle.dumps((str(CHECKPOINTS["shapes"]), None, pickle.dumps({"device": "cpu"}))))
         process.stdout.close()
         assert b"Traceback" not in process.communicate(timeout=FOREVER)[1]
         assert process.returncode == 0
