@@ -110,6 +110,7 @@ def test_requests_of_all_kinds(engine):
         manager.add_request([5], result_handler=outputs)
 
 
+@pytest.mark.slow
 def test_what_waits_is_bounded_and_dropped_by_a_hard_stop(engine):
     manager, outputs = engine.init_continuous_batching(max_batch_rows=1, max_queue_size=2), Outputs()
     manager.start()
@@ -133,6 +134,7 @@ def test_its_end_fails_what_is_asked_and_no_question_of_a_scan(engine):
     assert not engine.is_running()
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_load_and_a_process_that_does_not_start(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="device"):
         load_apart(str(CHECKPOINTS["shapes"]), device="cuda")
@@ -141,6 +143,7 @@ def test_a_model_that_does_not_load_and_a_process_that_does_not_start(tmp_path, 
         load_apart(str(CHECKPOINTS["shapes"]), device="cpu")
 
 
+@pytest.mark.slow
 def test_who_started_it_goes_while_it_loads():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(EngineProcess.command, **pipes) as process:
