@@ -174,7 +174,8 @@ class GroundingMixin:
 
     def _text(self, ids: Sequence[int], **kwargs: Any) -> str:
         """The text of ids, special tokens kept. Ids that no vocabulary has say nothing."""
-        return self.tokenizer.decode([i for i in ids if 0 <= i < 2**31], skip_special_tokens=False, **kwargs)
+        size = len(self.tokenizer)
+        return self.tokenizer.decode([i for i in ids if 0 <= i < size], skip_special_tokens=False, **kwargs)
 
     def _read(self, outputs: Any, target_sizes: Any, threshold: Any, queries: Any, *names: str) -> list[Any]:
         """What `post_process_grounding` returns, with these columns beside the boxes, points and labels."""

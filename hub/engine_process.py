@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from hub.loading import ModelError, load, load_class, load_processor
 
 ROWS = 32  # that an engine decodes at a time, unless it is told
 _CRITERION = object()  # stands for the model's `degenerate_answer_criteria`
-PIPE_BYTES = 2**20  # where the system lets it; by 64 KiB, both sides wait for each other all the time
+PIPE_BYTES = 2**20  # where the system lets it: by 64 KiB, both sides wait for each other all the time
 
 
 def load_apart(model: str, **loading: Any) -> tuple["EngineProcess", Any]:
@@ -63,19 +64,24 @@ class EngineProcess:
     max_queue_size = ROWS
 
     def __init__(self, model: str, loading: dict[str, Any]):
-        self._process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pipesize=PIPE_BYTES
-        )
+        self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with suppress(ImportError, AttributeError, OSError):  # Linux, if not too many have such pipes already
+            import fcntl
+
+            for pipe in filter(None, (self._process.stdin, self._process.stdout)):
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         atexit.register(self._process.kill)
         self._changed = threading.Condition()  # guards what follows
         self._open: dict[str, tuple[Any, Callable[[Any], Any]]] = {}  # prompts and handlers of unfinished requests
         self._running = self._stopping = False
         self._error: Exception | None = None  # that ended the engine
         self._names = map("req_{}".format, range(2**63))
-        self._sending = threading.Lock()
-        self._sent: list[torch.Tensor] = []  # with the last message
+        # messages, which a thread sends: a process that does not read must not hold up who asks
+        self._outbox: queue.SimpleQueue[tuple[Any, Any, str | None] | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send_all, name="requests", daemon=True)
+        self._sender.start()
         self._listener = threading.Thread(target=self._listen, name="outputs", daemon=True)
-        self._send(model, loading)
+        self._outbox.put((model, loading, None))
 
     def wait(self) -> None:
         """Until the model is loaded."""
@@ -85,8 +91,11 @@ class EngineProcess:
     def close(self) -> None:
         """Ends the process, whatever it does."""
         self._process.kill()
-        with self._sending, suppress(OSError), self._process:  # which closes its pipes and waits
-            atexit.unregister(self._process.kill)
+        atexit.unregister(self._process.kill)
+        self._outbox.put(None)
+        self._sender.join()
+        with suppress(OSError), self._process:  # which closes its pipes and waits
+            pass
 
     # ---- as the model
 
@@ -97,7 +106,7 @@ class EngineProcess:
         self.max_queue_size = options.pop("max_queue_size", ROWS)
         self._most = self.max_queue_size + (options.get("max_batch_rows") or ROWS)  # requests that are not finished
         options |= {"generation_config": generation_config, "max_queue_size": self._most}
-        self._send("init_continuous_batching", options)
+        self._outbox.put(("init_continuous_batching", options, None))
         return self
 
     def generate_batch(self, rows: Iterable[Any], *given: Any, **settings: Any) -> Any:
@@ -133,67 +142,90 @@ class EngineProcess:
             if len(self._open) >= self._most:
                 raise queue.Full(f"{len(self._open)} requests are not answered.")
             name = next(self._names) if request_id is None else request_id
+            if name in self._open:
+                raise ValueError(f"request_id={name!r} is taken by a request that is not answered.")
             self._open[name] = input_ids, result_handler
-        try:
-            self._send("add_request", {"input_ids": input_ids, "request_id": name, **row}, name)
-        except Exception:  # what cannot be pickled
-            with self._changed:
-                self._open.pop(name, None)
-            raise
+        self._outbox.put(("add_request", {"input_ids": input_ids, "request_id": name, **row}, name))
         return name
 
     def cancel_request(self, request_id: str) -> None:
-        self._send("cancel_request", {"request_id": request_id})
+        self._outbox.put(("cancel_request", {"request_id": request_id}, None))
 
     def stop(self, block: bool = True, timeout: float | None = None, hard_stop: bool = False) -> None:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._send("stop", {"block": False, "hard_stop": hard_stop})
+        self._outbox.put(("stop", {"block": False, "hard_stop": hard_stop}, None))
         if block:
             self._listener.join(timeout)
 
-    def _send(self, what: Any, said: Any, name: str | None = None) -> None:
-        """said: pickled apart, so that what the process cannot read ends only the request of that name."""
+    def _send_all(self) -> None:
+        """Sends what is in the outbox: what is said is pickled apart, so that what cannot be, or cannot be read there,
+        ends only the request of that name."""
         assert self._process.stdin is not None
-        data = io.BytesIO()
-        with self._sending:
+        sent: list[torch.Tensor] = []  # with the last message
+        while (message := self._outbox.get()) is not None:
+            what, said, name = message
+            data = io.BytesIO()
             pickler = _Pickler(data, pickle.HIGHEST_PROTOCOL)
-            pickler.processor, pickler.before = self.processor, self._sent
-            pickler.dump(said)
-            self._sent = pickler.tensors
-            with suppress(OSError, ValueError):  # that it has ended is told by who listens
+            pickler.processor, pickler.before = self.processor, sent
+            try:
+                pickler.dump(said)
+            except Exception as error:
+                if name is None:
+                    raise
+                self._refuse(name, error)
+                continue
+            sent = pickler.tensors
+            with suppress(OSError):  # that it has ended is told by who listens
                 pickle.dump((what, name, data.getvalue()), self._process.stdin, pickle.HIGHEST_PROTOCOL)
                 self._process.stdin.flush()
+
+    def _refuse(self, name: str, error: Exception) -> None:
+        with self._changed:
+            _, handler = self._open.pop(name)
+            self._changed.notify_all()
+        handler(_outputs(self.code).refused(name, error))
 
     def _receive(self) -> Any:
         """What the process says next, or a text: why it says nothing more."""
         assert self._process.stdout is not None
-        with suppress(EOFError):
+        try:
             return pickle.load(self._process.stdout)
+        except EOFError:
+            pass
+        except Exception:  # half of a message
+            self._process.kill()
         return f"the process of the model ended with {self._process.wait()}"
 
     def _listen(self) -> None:
-        outputs = _outputs(self.code)
-        while not isinstance(told := self._receive(), str | None):
-            fields, running = told
-            output = outputs(**fields)
-            with self._changed:
-                self._running = running
-                _, handler = self._open[output.request_id]
-                if output.is_finished():
-                    del self._open[output.request_id]
-                    self._changed.notify_all()
-            handler(output)
-        self._process.wait()
+        why: str | None = "an output could not be handled"
+        try:
+            while not isinstance(told := self._receive(), str | None):
+                fields, running = told
+                output = _outputs(self.code)(**fields)
+                with self._changed:
+                    self._running = running
+                    _, handler = self._open[output.request_id]
+                    if output.is_finished():
+                        del self._open[output.request_id]
+                        self._changed.notify_all()
+                handler(output)
+            self._process.wait()
+            why = told
+        finally:
+            self._end(why)
+
+    def _end(self, why: str | None) -> None:
+        """The process has ended, or is to: for the error `why`, or as it was told to."""
         self.close()
         with self._changed:
             self._running = False
-            self._error = None if told is None else RuntimeError(told)
+            self._error = None if why is None else RuntimeError(why)
             left, self._open = self._open, {}
             self._changed.notify_all()
         for name, (prompt, handler) in left.items():
-            output = outputs.refused(name, self._error or RuntimeError("the engine was stopped"))
+            output = _outputs(self.code).refused(name, self._error or RuntimeError("the engine was stopped"))
             output.prompt_ids = prompt  # it was not refused
             handler(output)
 
@@ -276,7 +308,7 @@ def main(load: Callable[..., tuple[Any, Any]] = load) -> None:
         tell((fields, manager.is_running()))
 
     def obey() -> None:
-        with suppress(EOFError):
+        try:
             while True:
                 what, name, data = pickle.load(line)
                 if name is None:
@@ -286,26 +318,40 @@ def main(load: Callable[..., tuple[Any, Any]] = load) -> None:
                     manager.add_request(**read(data), result_handler=post)
                 except Exception as error:
                     post(_outputs(model).refused(name, error))
+        finally:  # who started it has gone, perhaps in the middle of a message
+            os._exit(0)
+
+    def watch() -> None:
+        """Ends the process when nobody reads any more, while it loads too."""
+        poll = select.poll()
+        poll.register(out, 0)
+        poll.poll()
         os._exit(0)
 
+    if hasattr(select, "poll"):  # not on Windows
+        threading.Thread(target=watch, daemon=True).start()
     model = processor = None
     seen: list[torch.Tensor] = []
-    folder, _, data = pickle.load(line)
     try:
+        folder, _, data = pickle.load(line)
         model, processor = load(folder, **read(data))
-    except ModelError as error:
-        tell(str(error))
-        return
-    gc.freeze()  # a collection that went through all of torch would hold a step up by 0.2 s
-    tell(None)
-    with suppress(EOFError):
+        gc.freeze()  # a collection that went through all of torch would hold a step up by 0.2 s
+        tell(None)
         _, _, data = pickle.load(line)
         manager = model.init_continuous_batching(**read(data))
         manager.start()
         threading.Thread(target=obey, daemon=True).start()
         manager.join()
-        tell(None if manager._error is None else str(manager._error))
+        tell(None if manager._error is None else told_of(manager._error))
+    except (EOFError, pickle.UnpicklingError):  # as in `obey`
+        pass
+    except Exception as error:
+        tell(told_of(error))
     os._exit(0)  # without the interpreter's end, which would wait for who reads
+
+
+def told_of(error: Exception) -> str:
+    return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

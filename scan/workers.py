@@ -190,7 +190,8 @@ def scan(
         keep_repetitions: let answers that go round in circles run to their limit.
         done: `Record.key`s not to ask again; those of the questions asked are added.
         process, processes: which share of the pictures is asked about here.
-        **settings: as `model.generate_batch` takes them for all rows, such as `generation_mode`, `max_new_tokens`.
+        **settings: as `model.generate_batch` takes them for all rows, such as `generation_mode`, `max_new_tokens`;
+            what goes to a process of its own must be picklable.
 
     Yields:
         A record for each question, "error" ones too: whatever is wrong with one picture, the rest goes on.
@@ -202,7 +203,14 @@ def scan(
     if isinstance(model, (str, os.PathLike)):
         from hub.engine_process import load_apart  # here and not above, as it brings torch
 
+        if "generator" in settings:
+            raise ValueError("generator: rows of a model in another process cannot share it; expected a loaded model.")
         model, processor = load_apart(os.fspath(model))
+        given: dict[str, Any] = {"task": task, "threshold": threshold, "keep_repetitions": keep_repetitions}
+        given |= {"fps": fps, "every": every, "done": done, "process": process, "processes": processes, **settings}
+        with closing(model):
+            yield from scan(sources, queries, model=model, processor=processor, **given)
+        return
     interviewer = Interviewer(processor, queries, task, threshold, settings.get("generation_mode", "hybrid"))
     done = set() if done is None else done
     asked: dict[str, Prepared] = {}

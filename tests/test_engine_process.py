@@ -5,9 +5,11 @@ import pickle
 import queue
 import signal
 import subprocess
+import sys
 import threading
 from collections import defaultdict
 
+import psutil
 import pytest
 import torch
 
@@ -89,8 +91,10 @@ def test_requests_of_all_kinds(engine):
     manager.cancel_request("cancelled")
     for name, wrong in (("mode", {"generation_mode": "none"}), ("long", {"max_length": 3})):
         manager.add_request(**request(case, max_new_tokens=None) | wrong, request_id=name, result_handler=outputs)
-    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
-        manager.add_request(**request(case), prefix_allowed_tokens_fn=lambda *_: [1], result_handler=outputs)
+    unsent = manager.add_request(**request(case), prefix_allowed_tokens_fn=lambda *_: [1], result_handler=outputs)
+    assert "lambda" in outputs.last(unsent).error and outputs.last(unsent).prompt_ids == []
+    with pytest.raises(ValueError, match="request_id"):
+        manager.add_request([5], "cancelled", result_handler=outputs)
     manager.add_request([5], "unread", stopping_criteria=[Unread()], result_handler=outputs)
     assert outputs.last("unread").error == "ValueError: there" and outputs.last("unread").prompt_ids == []
     assert "generation_mode" in outputs.last("mode").error and outputs.last("mode").prompt_ids == []
@@ -132,6 +136,45 @@ def test_its_end_fails_what_is_asked_and_no_question_of_a_scan(engine):
             os.kill(engine._process.pid, signal.SIGKILL)
     assert records and {record.status for record in records} == {"ok"}
     assert not engine.is_running()
+
+
+HALF = """
+import os, pickle, sys
+out = sys.stdout.buffer
+pickle.dump(None, out)
+out.write(pickle.dumps([1] * 5000)[:100])
+out.flush()
+os._exit(3)
+"""
+
+
+def test_half_of_an_output_ends_the_scan(monkeypatch):
+    monkeypatch.setattr(EngineProcess, "command", (sys.executable, "-c", HALF))
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        list(scan([str(PICTURES)], ["red circle"], model=str(CHECKPOINTS["shapes"])))
+
+
+@pytest.mark.slow
+def test_a_scan_that_cannot_begin_leaves_no_process(monkeypatch):
+    children = psutil.Process().children()
+    for wrong in ({"task": "none"}, {"max_batch_rows": 0}):
+        with pytest.raises((ValueError, RuntimeError), match=r"task|max_batch_rows"):
+            list(scan([str(PICTURES)], ["red circle"], model=str(CHECKPOINTS["shapes"]), **wrong))
+        assert psutil.Process().children() == children
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [b"", b"\x80"])
+def test_who_started_it_goes_while_it_waits(told):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(EngineProcess.command, **pipes) as process:
+        for name, said in ((str(CHECKPOINTS["shapes"]), {"device": "cpu"}), ("", {})):
+            process.stdin.write(pickle.dumps((name, None, pickle.dumps(said))))
+        process.stdin.flush()
+        assert pickle.load(process.stdout) is None
+        process.stdin.write(told)
+        process.stdin.close()
+        assert process.wait(FOREVER) == 0
 
 
 @pytest.mark.slow
