@@ -127,6 +127,7 @@ def test_what_waits_is_bounded_and_dropped_by_a_hard_stop(engine):
     assert engine._process.wait(FOREVER) == 0
 
 
+@pytest.mark.slow
 def test_its_end_fails_what_is_asked_and_no_question_of_a_scan(engine):
     """A process that the system kills, as for its memory, ends the scan; what it was asked has not failed."""
     records = []
@@ -148,6 +149,7 @@ os._exit(3)
 """
 
 
+@pytest.mark.slow
 def test_half_of_an_output_ends_the_scan(monkeypatch):
     monkeypatch.setattr(EngineProcess, "command", (sys.executable, "-c", HALF))
     with pytest.raises(RuntimeError, match="ended with 3"):
