@@ -31,7 +31,7 @@ from hub.loading import ModelError, load, load_class, load_processor
 
 ROWS = 32  # that an engine decodes at a time, unless it is told
 _CRITERION = object()  # stands for the model's `degenerate_answer_criteria`
-PIPE_BYTES = 2**20  # where the system lets it: by 64 KiB, both sides wait for each other all the time
+PIPE_BYTES = 2**20  # where the system lets it: a picture crosses in fewer turns than by 64 KiB
 
 
 def load_apart(model: str, **loading: Any) -> tuple["EngineProcess", Any]:

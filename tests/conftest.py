@@ -163,3 +163,12 @@ def golden(request) -> str:
 @pytest.fixture(scope="session")
 def shapes():
     return model_of("shapes")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Of processes that tests start: a cache of their own, in which the model is assembled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield

@@ -21,16 +21,8 @@ from serving.engine import StopTexts
 from .conftest import CHECKPOINTS, GOLDENS, model_of, processor_of
 from .test_stream import FOREVER, check, request, some
 
+pytestmark = pytest.mark.usefixtures("environment")
 PICTURES = GOLDENS / "shapes" / "images"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment(tmp_path_factory):
-    """A cache of its own, in which the model is assembled once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture
@@ -157,7 +149,7 @@ def test_half_of_an_output_ends_the_scan(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_scan_that_cannot_begin_leaves_no_process(monkeypatch):
+def test_a_scan_that_cannot_begin_leaves_no_process():
     children = psutil.Process().children()
     for wrong in ({"task": "none"}, {"max_batch_rows": 0}):
         with pytest.raises((ValueError, RuntimeError), match=r"task|max_batch_rows"):

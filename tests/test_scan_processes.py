@@ -16,19 +16,10 @@ from scan.records import parts, read_records
 
 from .conftest import CHECKPOINTS, GOLDENS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("environment")]
 
 PROJECT = Path(__file__).resolve().parent.parent
 QUERIES = ("red circle", "yellow triangle")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment(tmp_path_factory):
-    """A cache of its own, in which the model is assembled once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture
