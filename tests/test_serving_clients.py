@@ -321,6 +321,7 @@ def test_the_page_from_the_keyboard_and_what_it_says_of_errors(server, browser):
     page = opened(browser, server)
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Tab")
+        page.wait_for_selector("#file:focus")  # a key pressed at once would come before playwright listens
         page.keyboard.press("Enter")
     chooser.value.set_files(PICTURE)
     page.wait_for_selector("#stage:not([hidden])")
