@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,8 +135,7 @@ class ContinuousBatchingManager:
         self._running, self._stopping, self._dropping = False, False, False
         self._requests: dict[str, Request] = {}  # that are not finished
         self._waiting = 0  # of them, without a slot
-        self._incoming: deque[Request] = deque()  # of them, that the engine has yet to take
-        self._cancelled: list[Request] = []
+        self._calls: deque[Callable[[Any], Any]] = deque()  # that the engine's thread has yet to make
         self._results: dict[str, GenerationOutput] = {}  # that nobody has fetched; of a streaming request the latest
         self._handlers: dict[str, Handler] = {}
 
@@ -146,7 +146,7 @@ class ContinuousBatchingManager:
             self._changed.wait_for(lambda: mine or not (self._stopping and self._running))
             if not self._running:
                 self._running, self._stopping, self._dropping, self._error = True, False, False, None
-                self._incoming, self._cancelled = deque(), []
+                self._calls = deque()
                 self._thread = threading.Thread(target=self._run, name="continuous batching", daemon=True)
                 self._thread.start()
 
@@ -194,39 +194,41 @@ class ContinuousBatchingManager:
             self._tell([*self._requests.values()], last=True)
 
     def _take(self, engine: Any) -> bool:
-        """Waits for something to do, and gives it to the engine. False: there will be nothing more."""
+        """Waits for something to do, and does what was asked for. False: there will be nothing more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._incoming or self._cancelled or self._stopping or engine.busy)
-            if self._dropping or (self._stopping and not (self._incoming or engine.busy)):
+            self._changed.wait_for(lambda: self._calls or self._stopping or engine.busy)
+            if self._dropping or (self._stopping and not (self._calls or engine.busy)):
                 return False
-            incoming, self._incoming = self._incoming, deque()
-            cancelled, self._cancelled = self._cancelled, []
-        for request in incoming:
-            try:
-                engine.add(request.row)
-            except Exception as error:
-                request.row.fail(f"{type(error).__name__}: {error}", error)
-        gone = [request for request in cancelled if self._requests.get(str(request.row.index)) is request]
-        for request in gone:
-            engine.cancel(request.row)
-        self._tell([request for request in dict.fromkeys([*incoming, *gone]) if request.row.finish_reason])
+        while self._calls:
+            self._calls.popleft()(engine)
         return True
+
+    def _add(self, request: Request, engine: Any) -> None:
+        try:
+            engine.add(request.row)
+        except Exception as error:
+            request.row.fail(f"{type(error).__name__}: {error}", error)
+            self._tell([request])
+
+    def call_soon(self, call: Callable[[Any], Any]) -> None:
+        """Has the engine's thread call `call` with the engine before its next step, in the order of asking."""
+        with self._changed:
+            self._calls.append(call)
+            self._changed.notify_all()
 
     def _follow(self, engine: Any) -> None:
         """Notes which rows have a slot, and tells of what is new in streaming ones."""
         requests = [self._requests[str(row.index)] for row in engine.active.values()]
-        if begun := [request for request in requests if request.begun < 0]:
-            with self._changed:
-                for request in begun:
-                    self._begin(request)
-                self._changed.notify_all()
-        news = [one for one in requests if one.streaming and len(one.row.answer) > one.told]
-        self._tell(news)
+        with self._changed:
+            for request in requests:
+                self._begin(request)
+        self._tell([one for one in requests if one.streaming and len(one.row.answer) > one.told])
 
     def _begin(self, request: Request) -> None:
         if request.begun < 0:
             request.begun = time.perf_counter()
             self._waiting -= 1
+            self._changed.notify_all()
 
     def _tell(self, requests: list[Request], last: bool = False) -> None:
         """Outputs to handlers, or to whoever fetches them. last: the engine is gone."""
@@ -263,7 +265,7 @@ class ContinuousBatchingManager:
         generator: torch.Generator | None = None,
         **row: Any,
     ) -> str:
-        """Adds a request: one row of what `generate` takes.
+        """Adds a request, one row of what `generate` takes, and returns its id.
 
         Args:
             input_ids: `[1, L]` long, or a list of ids. request_id: a name that no other request has; one is made up by
@@ -273,9 +275,6 @@ class ContinuousBatchingManager:
             generator: draws for this request only.
             row: what else `generate` takes for a row: `attention_mask`, `pixel_values`, `image_grid_hws`,
                 `visual_features`, `generation_mode`, `temperature`, `eos_token_id`, `stopping_criteria`, …
-
-        Returns:
-            The request's id.
 
         Raises:
             ValueError: what `generate` would refuse, or an id that is taken. What goes wrong later fails the request.
@@ -292,12 +291,10 @@ class ContinuousBatchingManager:
             raise ValueError(f"input_ids: a request is one row with one answer; got {len(rows)}.")
         if not isinstance(request_id, str | None):
             raise ValueError(f"request_id={request_id!r}: expected a string.")
-        # in a handler, nobody would make room
-        block = block and threading.current_thread() is not self._thread
+        if not block or threading.current_thread() is self._thread:  # where nobody would make room
+            timeout = 0
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._waiting < self.max_queue_size or self._closed, timeout if block else 0
-            )
+            self._changed.wait_for(lambda: self._waiting < self.max_queue_size or self._closed, timeout)
             if self._closed:
                 raise RuntimeError("the manager does not run; call start() first.") from self._error
             if self._waiting >= self.max_queue_size:
@@ -309,16 +306,20 @@ class ContinuousBatchingManager:
             if result_handler is not None:
                 self._handlers[name] = result_handler
             self._requests[name] = Request(rows[0], streaming)
-            self._incoming.append(self._requests[name])
             self._waiting += 1
-            self._changed.notify_all()
+            self.call_soon(partial(self._add, self._requests[name]))
         return name
 
     def cancel_request(self, request_id: str) -> None:
         """Ends a request at its next step; its output has what it has said so far. Nothing, if it is answered."""
-        with self._changed:
-            self._cancelled += [self._requests[request_id]] if request_id in self._requests else []
-            self._changed.notify_all()
+        request = self._requests.get(request_id)
+
+        def cancel(engine: Any) -> None:
+            if request is not None and self._requests.get(request_id) is request:
+                engine.cancel(request.row)
+                self._tell([request])
+
+        self.call_soon(cancel)
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
         """The output of a request, or the next one of any. Each is given once. None: not in `timeout` seconds; or the

@@ -6,8 +6,8 @@
 Pictures are the demo's scenes, with two queries each. The scan starts at their files and ends with their records, its
 model loaded in a process of its own as locate.py does, anew each round; `generate` starts with every row preprocessed
 and in memory. Wall time beside other work says little; seconds of CPU are printed too: of the scan without its
-engine's process, of that, of `generate`, and of reading and preprocessing. The engine works where it steps, or takes
-rows in and finds out which show the same picture.
+engine's process, of that, of `generate`, and of reading and preprocessing. The engine works where it steps and where
+it takes rows in beside those it has: it never waits there.
 """
 
 from __future__ import annotations
@@ -83,25 +83,33 @@ def engine(figures: Path) -> None:
 
     def timed(*given, **loading):
         model, processor = load(*given, **loading)
-        loop = sys.modules[type(model).__module__.rpartition(".")[0] + ".generation"].GenerationLoop
-        worked, cpu, close = 0.0, time.process_time(), loop.close
+        package = type(model).__module__.rpartition(".")[0]
+        loop = sys.modules[package + ".generation"].GenerationLoop
+        manager = sys.modules[package + ".continuous_batching"].ContinuousBatchingManager
+        worked, cpu = 0.0, time.process_time()
+        step, take, close = loop.step, manager._take, loop.close
 
-        def timed(work):
-            def call(*args):
-                nonlocal worked
-                begin = time.perf_counter()
-                try:
-                    return work(*args)
-                finally:
-                    worked += time.perf_counter() - begin
+        def stepped(self):
+            nonlocal worked
+            begin = time.perf_counter()
+            try:
+                return step(self)
+            finally:
+                worked += time.perf_counter() - begin
 
-            return call
+        def taken(self, engine):
+            nonlocal worked
+            begin, busy = time.perf_counter(), engine.busy  # else it may wait
+            try:
+                return take(self, engine)
+            finally:
+                worked += busy * (time.perf_counter() - begin)
 
         def closed(self):
             close(self)
             figures.write_text(json.dumps({"worked": worked, "cpu": time.process_time() - cpu}))
 
-        loop.step, loop.add, loop.close = timed(loop.step), timed(loop.add), closed
+        loop.step, manager._take, loop.close = stepped, taken, closed
         return model, processor
 
     engine_process.main(timed)

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 if __name__ == "__main__":  # the process itself
@@ -254,13 +255,12 @@ class _Pickler(pickle.Pickler):
         if isinstance(value, torch.Generator):
             return "generator", value.initial_seed()
         if value is _CRITERION:
-            return "criterion", None
-        return ("processor", None) if value is self.processor is not None else None
+            return "known", "criterion"
+        return ("known", "processor") if value is self.processor is not None else None
 
 
 class _Unpickler(pickle.Unpickler):
-    model: Any = None
-    processor: Any = None
+    known: dict[str, Any]
     before: list[torch.Tensor] = []
 
     def __init__(self, *given: Any):
@@ -270,11 +270,9 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, told: Any) -> Any:
         kind, value = told
         if kind == "generator":
-            return torch.Generator(self.model.device).manual_seed(value)
-        if kind == "criterion":
-            return self.model.degenerate_answer_criteria()
-        if kind == "processor":
-            return self.processor
+            return torch.Generator(self.known["device"]).manual_seed(value)
+        if kind == "known":
+            return self.known[value]
         self.tensors.append(self.before[value] if kind == "again" else torch.from_numpy(value))
         return self.tensors[-1]
 
@@ -295,7 +293,7 @@ def main(load: Callable[..., tuple[Any, Any]] = load) -> None:
 
     def read(data: bytes) -> Any:
         unpickler = _Unpickler(io.BytesIO(data))
-        unpickler.model, unpickler.processor, unpickler.before = model, processor, seen[:]
+        unpickler.known, unpickler.before = known, seen[:]
         try:
             return unpickler.load()
         finally:
@@ -307,17 +305,21 @@ def main(load: Callable[..., tuple[Any, Any]] = load) -> None:
             fields["prompt_ids"] = []  # known where it came from
         tell((fields, manager.is_running()))
 
-    def obey() -> None:
+    def obey(what: str, name: str | None, data: bytes, _: Any) -> None:
+        if name is None:
+            getattr(manager, what)(**read(data))
+            return
+        try:
+            manager.add_request(**read(data), result_handler=post)
+        except Exception as error:
+            post(_outputs(model).refused(name, error))
+
+    def hear() -> None:
+        # on CPUs each of a step's operations would give the interpreter away; while a GPU works it is free
+        take = manager.call_soon if known["device"].type == "cpu" else (lambda call: call(None))
         try:
             while True:
-                what, name, data = pickle.load(line)
-                if name is None:
-                    getattr(manager, what)(**read(data))
-                    continue
-                try:
-                    manager.add_request(**read(data), result_handler=post)
-                except Exception as error:
-                    post(_outputs(model).refused(name, error))
+                take(partial(obey, *pickle.load(line)))
         finally:  # who started it has gone, perhaps in the middle of a message
             os._exit(0)
 
@@ -330,20 +332,21 @@ def main(load: Callable[..., tuple[Any, Any]] = load) -> None:
 
     if hasattr(select, "poll"):  # not on Windows
         threading.Thread(target=watch, daemon=True).start()
-    model = processor = None
+    known: dict[str, Any] = {}
     seen: list[torch.Tensor] = []
     try:
         folder, _, data = pickle.load(line)
         model, processor = load(folder, **read(data))
+        known.update(device=model.device, processor=processor, criterion=model.degenerate_answer_criteria())
         gc.freeze()  # a collection that went through all of torch would hold a step up by 0.2 s
         tell(None)
         _, _, data = pickle.load(line)
         manager = model.init_continuous_batching(**read(data))
         manager.start()
-        threading.Thread(target=obey, daemon=True).start()
+        threading.Thread(target=hear, daemon=True).start()
         manager.join()
         tell(None if manager._error is None else told_of(manager._error))
-    except (EOFError, pickle.UnpicklingError):  # as in `obey`
+    except (EOFError, pickle.UnpicklingError):  # as in `hear`
         pass
     except Exception as error:
         tell(told_of(error))

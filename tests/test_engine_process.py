@@ -18,15 +18,35 @@ from hub.loading import ModelError
 from scan.workers import scan
 from serving.engine import StopTexts
 
-from .conftest import CHECKPOINTS, GOLDENS, model_of, processor_of
+from .conftest import CHECKPOINTS, GOLDENS, ROOT, model_of, processor_of
 from .test_stream import FOREVER, check, request, some
 
 pytestmark = pytest.mark.usefixtures("environment")
 PICTURES = GOLDENS / "shapes" / "images"
 
 
+# a process whose model says that it lies on a GPU
+ELSEWHERE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from hub import engine_process
+from hub.loading import load
+
+class Elsewhere(str):
+    type = "cuda"
+
+def elsewhere(*given, **loading):
+    model, processor = load(*given, **loading)
+    type(model).device = Elsewhere("cpu")
+    return model, processor
+
+engine_process.main(elsewhere)
+"""
+
+
 @pytest.fixture
-def engine():
+def engine(request, monkeypatch):
+    monkeypatch.setattr(EngineProcess, "command", getattr(request, "param", EngineProcess.command))
     engine, _ = load_apart(str(CHECKPOINTS["shapes"]), device="cpu")
     yield engine
     engine.close()
@@ -59,6 +79,12 @@ class Unread:
         return exec, ("raise ValueError('there')",)
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [EngineProcess.command, pytest.param((sys.executable, "-c", ELSEWHERE, str(ROOT)), marks=pytest.mark.slow)],
+    ids=["cpu", "gpu"],
+    indirect=True,
+)
 def test_requests_of_all_kinds(engine):
     """In one process, as each loads torch anew."""
     manager, outputs = engine.init_continuous_batching(max_batch_rows=4, max_queue_size=50), Outputs()
