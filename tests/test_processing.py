@@ -779,7 +779,7 @@ def test_what_another_line_saved_is_loaded(folder, processor, tmp_path, line):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_fast": True}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"use_fast": True}, marks=pytest.mark.slow)])
 def test_nothing_is_said_on_load(folder, options):
     """In a process of its own, since transformers says some things once. The evaluation scripts pass use_fast=True."""
     script = "import sys, transformers\ntransformers.AutoProcessor.from_pretrained(sys.argv[1], **eval(sys.argv[2]))"

@@ -272,6 +272,7 @@ def test_of_a_scan_before_what_was_exported_and_drawn_is_told(run, capsys):
     assert "drawn, coco, csv in out: of the scan before" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_drawing_holds_few_answers(tmp_path, monkeypatch):
     """Each picture's answers are read when its turn has come, whatever some pictures have none."""
     manifest = {"model": "m", "sources": ["a"], "settings": {"queries": ["q"]}}

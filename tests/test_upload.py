@@ -258,6 +258,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.slow
 def test_what_was_published_loads_as_printed_and_answers_the_goldens(hub, script, published):
     cases = [
         case
