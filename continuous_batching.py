@@ -197,11 +197,11 @@ class ContinuousBatchingManager:
         """Waits for something to do, and does what was asked for. False: there will be nothing more."""
         with self._changed:
             self._changed.wait_for(lambda: self._calls or self._stopping or engine.busy)
-            if self._dropping or (self._stopping and not (self._calls or engine.busy)):
+            if self._stopping and not (self._calls or engine.busy):
                 return False
-        while self._calls:
+        while self._calls and not self._dropping:
             self._calls.popleft()(engine)
-        return True
+        return not self._dropping
 
     def _add(self, request: Request, engine: Any) -> None:
         try:
@@ -210,7 +210,12 @@ class ContinuousBatchingManager:
             request.row.fail(f"{type(error).__name__}: {error}", error)
             self._tell([request])
 
-    def call_soon(self, call: Callable[[Any], Any]) -> None:
+    def _cancel(self, request: Request, engine: Any) -> None:
+        if self._requests.get(str(request.row.index)) is request:
+            engine.cancel(request.row)
+            self._tell([request])
+
+    def _call_soon(self, call: Callable[[Any], Any]) -> None:
         """Has the engine's thread call `call` with the engine before its next step, in the order of asking."""
         with self._changed:
             self._calls.append(call)
@@ -307,19 +312,14 @@ class ContinuousBatchingManager:
                 self._handlers[name] = result_handler
             self._requests[name] = Request(rows[0], streaming)
             self._waiting += 1
-            self.call_soon(partial(self._add, self._requests[name]))
+            self._call_soon(partial(self._add, self._requests[name]))
         return name
 
     def cancel_request(self, request_id: str) -> None:
         """Ends a request at its next step; its output has what it has said so far. Nothing, if it is answered."""
-        request = self._requests.get(request_id)
-
-        def cancel(engine: Any) -> None:
-            if request is not None and self._requests.get(request_id) is request:
-                engine.cancel(request.row)
-                self._tell([request])
-
-        self.call_soon(cancel)
+        with self._changed:
+            if request_id in self._requests:
+                self._call_soon(partial(self._cancel, self._requests[request_id]))
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
         """The output of a request, or the next one of any. Each is given once. None: not in `timeout` seconds; or the

@@ -315,9 +315,9 @@ def main(load: Callable[..., tuple[Any, Any]] = load) -> None:
             post(_outputs(model).refused(name, error))
 
     def hear() -> None:
-        # on CPUs each of a step's operations would give the interpreter away; while a GPU works it is free
-        take = manager.call_soon if known["device"].type == "cpu" else (lambda call: call(None))
         try:
+            # on CPUs each of a step's operations would give the interpreter away; while a GPU works it is free
+            take = manager._call_soon if known["device"].type == "cpu" else (lambda call: call(None))
             while True:
                 take(partial(obey, *pickle.load(line)))
         finally:  # who started it has gone, perhaps in the middle of a message

@@ -323,6 +323,16 @@ def test_ten_threads_add(manager):
     assert not manager._requests and not manager._results and manager._waiting == 0
 
 
+def test_nothing_is_done_behind_a_hard_stop(manager):
+    """A model's process reads its stop in the engine's thread, with what was asked before and after."""
+    done = []
+    with manager._changed:
+        manager._call_soon(lambda engine: manager.stop(block=False, hard_stop=True))
+        manager._call_soon(done.append)
+    manager.join(FOREVER)
+    assert not manager.is_running() and not done
+
+
 def test_settings_are_each_requests_own(manager):
     """Stops, criteria, limits, lists of ids; a mask; features instead of pixels."""
     case = next(case for case in some(99, generation_mode="slow") if case["num_tokens"] > 12 and "seed" not in case)
