@@ -34,6 +34,7 @@ def gate(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_gate(monkeypatch, capsys, wrong):
     answer = equivalence.Subject.answer

@@ -719,6 +719,7 @@ def hear(connection):
     [b"", b"POST /v1/loc", b"POST /v1/locate HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{"],
     ids=["nothing", "line", "body"],
 )
+@pytest.mark.slow
 def test_a_slow_client_is_cut_off(small, start, repeat):
     begin = time.monotonic()
     with socket.create_connection(small.address, 10) as connection:
