@@ -139,7 +139,8 @@ class EngineProcess:
         with self._changed:
             self._changed.wait_for(lambda: len(self._open) < self._most or self._closed, timeout if block else 0)
             if self._closed:
-                raise RuntimeError("the engine does not run.") from self._error
+                why = "" if self._error is None else f": {self._error}"
+                raise RuntimeError(f"the engine does not run{why}.")
             if len(self._open) >= self._most:
                 raise queue.Full(f"{len(self._open)} requests are not answered.")
             name = next(self._names) if request_id is None else request_id

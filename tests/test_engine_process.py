@@ -155,6 +155,8 @@ def test_its_end_fails_what_is_asked_and_no_question_of_a_scan(engine):
             os.kill(engine._process.pid, signal.SIGKILL)
     assert records and {record.status for record in records} == {"ok"}
     assert not engine.is_running()
+    with pytest.raises(RuntimeError, match="ended with -9"):
+        engine.add_request([5], result_handler=records.append)
 
 
 HALF = """

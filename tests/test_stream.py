@@ -234,6 +234,7 @@ def test_a_slot_that_was_moved_from_is_cleared():
     engine.close()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_a_long_row_took_goes_with_it(monkeypatch):
     """So do the halves that were left after memory ran short; and the cache is no larger than rows need."""

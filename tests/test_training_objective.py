@@ -247,6 +247,7 @@ def uncompiled(query, key, value, training, **told):
 # ---- transformers' Trainer
 
 
+@pytest.mark.slow
 def test_trainer_as_the_model_card_writes_it(folder, collator, tmp_path):
     """Also: rows without a picture, gradient checkpointing, evaluation; and the answer learnt is every mode's."""
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)

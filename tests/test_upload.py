@@ -283,6 +283,7 @@ def test_what_was_published_loads_as_printed_and_answers_the_goldens(hub, script
     assert not [r for r in hub.requests[since:] if any(name in r for name in (*STOCK[1:], "moonshotai"))]
 
 
+@pytest.mark.slow
 def test_verify(hub, script, published):
     for repo, *options in ((OWN,), (CODE,), (BASE, "--revision", "refs/pr/1")):
         assert "<ref>orange circle</ref>" in script("verify", repo, *options)  # as this checkpoint answers
@@ -350,6 +351,7 @@ def test_killed_upload_leaves_nothing_and_goes_on(hub, script):
         (r"/preupload/", 403, "broken"),
     ],
 )
+@pytest.mark.slow
 def test_failure_leaves_nothing_and_the_next_run_goes_on(hub, script, pattern, action, message):
     name = f"ada/failed-{action}"
     hub.fail("POST", rf"/api/models/{name}{pattern}", action)
